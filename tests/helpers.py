@@ -17,8 +17,8 @@ import torch
 from mnemoscope.behaviour import Asking, Scores, prepare, score
 from mnemoscope.bench.lists import Bench
 from mnemoscope.config import StopConfig, TrainingConfig
-from mnemoscope.interventions import SteeringVector, Toward
-from mnemoscope.interventions.methods import learned, method_module
+from mnemoscope.interventions import SteeringVector, Toward, shifts
+from mnemoscope.interventions.methods import learned
 from mnemoscope.interventions.shifts import Setting, made
 from mnemoscope.interventions.sources import ANSWERED, FitLists, Labels
 from mnemoscope.models import blocks_of
@@ -194,10 +194,8 @@ def vector_of(
 ) -> SteeringVector:
     """The vector of a method in a setting."""
     facts: Any = {"unit": "norm", "site": "block", "layers": (0, 1), "top": 1.0, "strength": 0.2} | other
+    setting = Setting(**facts)
     if method == "learned":
-        setting = Setting(**facts)
-        fits = ((setting.strength, labels),)
-        (shift_LD,) = learned._learned(bench, toward, setting.unit, setting.site, setting.layers, fits)
+        (shift_LD,) = learned._learned(bench, toward, setting[:3], ((setting.strength, labels),))
         return made(bench, method, toward, setting, shift_LD)
-    found: SteeringVector = method_module(method).METHOD.vector(bench, toward, labels=labels, **facts)
-    return found
+    return shifts.vector(bench, method, toward, setting, labels)

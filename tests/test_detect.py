@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from scipy.special import expit
 
 from families import prompts, tiny, tokenizer
 from helpers import hook_count, mini_examples
-from mnemoscope.behaviour import Asking, prepare, score, states_at_the_end, written
+from mnemoscope.behaviour import Asking, prepare, score, states_at_the_end
 from mnemoscope.face.fitted import Fitted
 from mnemoscope.interventions import Card, SteeringVector
 from mnemoscope.interventions.detect import Detector, Observed, Reading, fit_detectors
@@ -78,7 +77,7 @@ def test_few_prompts_do_not_make_it_too_sure() -> None:
     losses, fresh = [], drawn(2000, 99, 4.0)
     conflict_N = fresh.followed_N != "neither"
     truth_N = (fresh.followed_N == "memorized")[conflict_N]
-    for seed in range(10):
+    for seed in range(5):
         tune = drawn(60, 100 + seed, 4.0)
         rows = np.concatenate([np.flatnonzero(tune.followed_N == name)[:8] for name in ("memorized", "generalized")])
         few = Observed(tune.states_NLD[rows], tune.followed_N[rows])
@@ -116,7 +115,7 @@ def test_few_other_prompts_beside_many_conflicts_are_told_as_well() -> None:
     def observed(seed: int, others: int) -> Observed:
         rng = np.random.default_rng(seed)
         states_NLD, labels = rng.normal(size=(400 + others, 1, 8)), np.array(["memorized", "generalized"] * 200)
-        states_NLD[::2, 0, 1] += 2.0
+        states_NLD[:400:2, 0, 1] += 2.0
         states_NLD[400:, 0, 0] += 3.0
         return Observed(states_NLD, np.r_[labels, ["neither"] * others].astype(object))
 
@@ -124,6 +123,9 @@ def test_few_other_prompts_beside_many_conflicts_are_told_as_well() -> None:
     told_N = found.read(observed(2, 400).states_NLD).p_conflict < 0.5
     assert told_N[400:].mean() > 0.85
     assert told_N[:400].mean() < 0.15
+    few = Observed(np.zeros((9, 1, 2)), np.array(["memorized"] * 9, dtype=object))
+    with pytest.raises(InputError, match="fit: 0 prompts were answered generalized; at least 8 are needed"):
+        fit_detectors(few, few)
 
 
 def test_a_gate_acts_on_the_other_behaviour_in_a_conflict_that_is_known() -> None:
@@ -137,12 +139,6 @@ def test_a_gate_acts_on_the_other_behaviour_in_a_conflict_that_is_known() -> Non
 def test_readable_from_is_the_first_layer_that_stays_sure() -> None:
     p_NL = np.array([[0.9, 0.6, 0.8, 0.9], [0.5, 0.2, 0.1, 0.05], [0.5, 0.5, 0.5, 0.6], [0.9, 0.9, 0.9, 0.9]])
     assert Reading(3, p_NL, np.zeros(4), np.zeros(4)).readable_from == [2, 1, None, 0]
-
-
-def test_too_few_prompts_of_a_behaviour_are_refused() -> None:
-    few = Observed(np.zeros((9, 1, 2)), np.array(["memorized"] * 9, dtype=object))
-    with pytest.raises(InputError, match="fit: 0 prompts were answered generalized; at least 8 are needed"):
-        fit_detectors(few, few)
 
 
 def test_saved_and_loaded_it_reads_the_same(detector: Detector, tmp_path: Path) -> None:
@@ -194,14 +190,11 @@ def shifting(model: Any, layers: tuple[int, ...], site: Site = "block", position
     return SteeringVector("generalized", shifts, site=site, positions=positions)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt"])
-@pytest.mark.parametrize("positions", ["decision", "all"])
+@pytest.mark.parametrize(("family", "positions"), [("gpt2", "all"), ("llama", "decision"), ("opt", "decision")])
 def test_a_gate_in_the_same_pass_steers_as_factors_computed_beforehand(family: str, positions: str) -> None:
     model, words, texts = tiny(family), tokenizer(), prompts()
     detector, vector = splitting(model, words, texts), shifting(model, (0, 2), positions=positions)
-    inputs = words(texts, return_tensors="pt", padding=True)
-    before = hook_count(model)
-    factors = [1.0, 0.0] * (len(texts) // 2)
+    inputs, before, factors = words(texts, return_tensors="pt", padding=True), hook_count(model), [1.0, 0.0] * 2
     for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 2}):
         options |= {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         plain = model.generate(**inputs, **options)
@@ -214,9 +207,6 @@ def test_a_gate_in_the_same_pass_steers_as_factors_computed_beforehand(family: s
         assert torch.equal(found[rows], plain[rows]), "what the gate lets through is untouched"
         assert not torch.equal(found, plain)
     assert hook_count(model) == before
-    plain = model(**inputs).logits
-    with vector.apply(model, gate=detector.gate("generalized", 1.0)):
-        assert torch.equal(model(**inputs).logits, plain)
 
 
 @torch.no_grad()
@@ -237,18 +227,15 @@ def test_a_gate_reads_a_continued_cache_and_embedded_prompts() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("site", ["block", "mlp"])
-def test_a_gate_decides_the_same_on_cached_prefixes_and_for_every_answer(
-    mini: Callable[[str], Asking], site: Site
-) -> None:
+def test_a_gate_decides_the_same_on_cached_prefixes_and_for_every_answer(mini: Callable[[str], Asking]) -> None:
     """Blocks below the shift are replayed there, and the answers have rows of their own."""
-    asking = mini("addition")
+    asking, site = mini("addition"), "mlp"
     # One prompt twice would be split to both sides, and rounding would decide where it goes.
     examples = list({e.prompt: e for e in mini_examples("addition", 90) if e.kind == "conflict"}.values())[:24]
     (batch,) = prepare(asking, examples)
     texts = [examples[i].prompt for i in batch.examples_N]
-    detector = splitting(asking.model, asking.tokenizer, texts, site)
-    states_NLD = states_at_the_end(asking.model, batch.ids_NT, batch.mask_NT, site)
+    detector = splitting(asking.model, asking.tokenizer, texts, site)  # type: ignore[arg-type]
+    states_NLD = states_at_the_end(asking.model, batch.ids_NT, batch.mask_NT, site)  # type: ignore[arg-type]
     acts_N = detector.read(states_NLD).acts("generalized", 0.5)
     assert 0 < acts_N.sum() < len(acts_N)
     strong = 3 * states_NLD.std()
@@ -271,8 +258,6 @@ def test_a_gate_decides_the_same_on_cached_prefixes_and_for_every_answer(
     [
         (("block", 1), ("block", 1), True),
         (("attention", 1), ("mlp", 1), True),
-        (("block", 0), ("attention", 1), True),
-        (("block", 1), ("mlp", 1), False),
         (("mlp", 1), ("attention", 1), False),
         (("block", 2), ("block", 1), False),
     ],
@@ -338,32 +323,3 @@ def test_a_run_has_detectors_that_read_as_its_records_say(mini_run: Path) -> Non
     judged = steering[(steering.role == "vector") & (steering.aim == "conflict")]
     judged = judged.drop_duplicates(["direction", "examples", "example"]).groupby(["direction", "examples"]).size()
     assert {key: lists[key] for key in judged.index} == judged.to_dict()
-
-
-def test_divergence_on_neutral_text_is_that_of_whole_passes(mini_run: Path) -> None:
-    cell = mini_run / "cells" / "addition-0"
-    table = pd.read_parquet(cell / "records" / "neutral.parquet")
-    assert len(table) == 2 * 2 * 20
-    untouched = table[table.dose == 0]
-    assert (untouched[["kl_first", "kl_next"]] == 0).all(axis=None)
-    assert untouched.same_top.all()
-    model, words = load_model(cell / "model")
-    best = json.loads((cell / "records" / "chosen.json").read_text())["pairs"]["best"]["to_memorized"]
-    vector = SteeringVector.load(cell / "vectors" / f"to_memorized-{best}.safetensors")
-    seed = int(np.random.default_rng([0, zlib.crc32(b"neutral")]).integers(2**31))
-    texts = written(Asking(model, words, ("",)), 4, 28, seed)
-    rows = table[(table.direction == "to_memorized") & (table.dose == 1)]
-    assert rows.kl_first.max() > 0
-    assert vector.card is not None
-    assert vector.card.divergence["1"] == pytest.approx(rows.kl_next.mean())
-    for row in rows.itertuples():
-        # The first token, behind which all is written, is part of what is read.
-        ids = texts[row.text : row.text + 1, : row.place + 4]
-        assert row.place + 4 <= texts.shape[1] == 29
-        with torch.no_grad():
-            plain = model(ids).logits[0, row.place - 1 :].log_softmax(-1)
-            with vector.apply(model, start=row.place - 1):
-                moved = model(ids).logits[0, row.place - 1 :].log_softmax(-1)
-        kl = (plain.exp() * (plain - moved)).sum(-1)
-        assert kl[0].item() == pytest.approx(row.kl_first, abs=1e-4)
-        assert kl[1:].mean().item() == pytest.approx(row.kl_next, abs=1e-4)

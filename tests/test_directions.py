@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,29 +16,25 @@ from mnemoscope.bench.answers import steered
 from mnemoscope.bench.choose import COST, STANDING_IN, Rated, Rule, Tuned, choose, in_order, rate
 from mnemoscope.bench.lists import Lists
 from mnemoscope.bench.prompts import Prompts
-from mnemoscope.config import GridConfig
-from mnemoscope.interventions import Positions, SteeringVector, ascent
-from mnemoscope.interventions.ascent import learned_together, wanted_batches
+from mnemoscope.interventions import SteeringVector
 from mnemoscope.interventions.controls import CONTROLS, DRAWN, SHUFFLED, control_draws
-from mnemoscope.interventions.methods import learned, nmd
+from mnemoscope.interventions.learning import wanted_batches
+from mnemoscope.interventions.methods import low_rank, nmd
+from mnemoscope.interventions.methods.learned import learned_together
 from mnemoscope.interventions.shifts import rho
 from mnemoscope.interventions.sources import (
     ANSWERED,
     TAUGHT,
     FitLists,
     Labels,
-    Sources,
     Tried,
     margin_gradients,
     with_prefixes,
 )
-from mnemoscope.models import SITES
 from mnemoscope.statistics import Estimate, proportion
 from mnemoscope.tasks import Example, build_task
 
-ALL = (0, 1)
-FIXED = ("nmd", "standardized-nmd", "gradient", "logistic", "whitened", "pca")
-EVERY = (*FIXED, "learned")
+METHODS = ("nmd", "standardized-nmd", "gradient", "logistic", "whitened", "pca", "learned")
 
 
 @pytest.fixture
@@ -57,6 +51,12 @@ def bench(asking: Asking) -> GivenBench:
     return bench_of(asking)
 
 
+def stored(example: Example) -> str:
+    """The prompt in the order in which its code was learned, which a teacher reads."""
+    operands = example.prompt.rstrip("=").split("+")
+    return "+".join(operands[::-1] if example.family == "swapped" else operands) + "="
+
+
 def bench_of(asking: Asking, steps: int = 20, positions: str = "decision") -> GivenBench:
     """Conflicts, whichever way they are answered; pairs are two different conflicts."""
     examples = conflicts(60)
@@ -65,24 +65,20 @@ def bench_of(asking: Asking, steps: int = 20, positions: str = "decision") -> Gi
     pairs = list(zip(examples[:30], examples[30:], strict=True))
     names = {"generalized": [e.item for e in examples[:40]], "memorized": [e.item for e in examples[20:]]}
     items = {toward: (mine, mine) for toward, mine in names.items()}
-    found = FitLists(asking, lists, lists, kept, steps=steps, items=items)  # type: ignore[arg-type]
+    bare = [replace(e, prompt=stored(e)) for e in examples[20:]]
+    found = FitLists(asking, lists, lists, kept, steps=steps, items=items, bare=(bare, bare), low_rank_steps=steps)  # type: ignore[arg-type]
     tried = Tried(positions=positions)  # type: ignore[arg-type]
     return GivenBench(asking, build_task("addition", {}, 0), 0, tried, given=found, both=pairs)
 
 
-def sources_at(asking: Asking, site: str, steps: int = 20) -> Sources:
-    return bench_of(asking, steps).sources(site)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(("site", "cached"), [("block", False), ("attention", True), ("mlp", False), ("neuron", True)])
 def test_the_margin_gradient_equals_finite_differences(asking: Asking, site: str, cached: bool) -> None:
     examples = conflicts(12)
     (batch,) = with_prefixes(asking, examples) if cached else prepare(asking, examples)
     width = 256 if site == "neuron" else 64
     gradient_LD = margin_gradients(asking, batch, site, (2, width)).mean(0)  # type: ignore[arg-type]
     direction = torch.randn(width, generator=torch.Generator().manual_seed(0))
-    for layer in ALL:
+    for layer in (0, 1):
         vector = SteeringVector("generalized", {layer: direction}, site=site)  # type: ignore[arg-type]
         step = 2e-3
         up, down = (
@@ -93,29 +89,20 @@ def test_the_margin_gradient_equals_finite_differences(asking: Asking, site: str
         assert float(gradient_LD[layer] @ direction.numpy()) == pytest.approx(expected, rel=0.03, abs=0.02)
 
 
-@pytest.mark.parametrize("method", EVERY)
-@pytest.mark.parametrize("top", [0.25, 1.0])
-@pytest.mark.parametrize("layers", [(0, 1), (1,)])
-def test_every_method_keeps_its_norm_layers_and_neurons(
-    bench: GivenBench, method: str, top: float, layers: tuple[int, ...]
-) -> None:
-    vector = vector_of(bench, method, top=top, layers=layers)
-    shift_LD = vector.dense(2, 64)
-    assert set(vector.layers) <= set(layers)
-    assert 0 < (shift_LD != 0).sum() <= np.ceil(top * 64 * len(layers))
-    assert np.linalg.norm(shift_LD / bench.sources("block").norm_L[:, None]) == pytest.approx(0.2, rel=1e-5)
-    if method != "learned":
-        back = vector_of(bench, method, "memorized", top=top, layers=layers)
-        assert (vector + back).layers == []
-
-
-@pytest.mark.parametrize("method", EVERY)
-def test_methods_are_pure_and_what_is_kept_of_them_changes_nothing(asking: Asking, method: str) -> None:
-    """In any order, and beside shuffles, a method gives the same numbers as when it is called alone."""
-    bench, towards = bench_of(asking, 3), ("memorized", "generalized")
-    for _, toward, labels in product(range(2), towards, (Labels(5), ANSWERED)):
-        kept, alone = (vector_of(one, method, toward, labels, top=0.5) for one in (bench, bench_of(asking, 3)))  # type: ignore[arg-type]
-        np.testing.assert_array_equal(kept.dense(2, 64), alone.dense(2, 64))
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_keeps_its_norm_layers_and_neurons(asking: Asking, bench: GivenBench, method: str) -> None:
+    """And gives the same numbers beside shuffles, in whatever order, as when it is called alone."""
+    for top, layers in ((0.25, (0, 1)), (1.0, (1,))):
+        vector = vector_of(bench, method, top=top, layers=layers)
+        shift_LD = vector.dense(2, 64)
+        assert set(vector.layers) <= set(layers)
+        assert 0 < (shift_LD != 0).sum() <= np.ceil(top * 64 * len(layers))
+        assert np.linalg.norm(shift_LD / bench.sources("block").norm_L[:, None]) == pytest.approx(0.2, rel=1e-5)
+        if method != "learned":
+            assert (vector + vector_of(bench, method, "memorized", top=top, layers=layers)).layers == []
+    vector_of(bench, method, "memorized", Labels(5), top=0.5)
+    kept, alone = (vector_of(one, method, "memorized", top=0.5) for one in (bench, bench_of(asking)))
+    np.testing.assert_array_equal(kept.dense(2, 64), alone.dense(2, 64))
 
 
 def test_nmd_is_the_papers_shift(bench: GivenBench) -> None:
@@ -134,27 +121,21 @@ def test_nmd_is_the_papers_shift(bench: GivenBench) -> None:
     np.testing.assert_allclose(found.dense(2, 64), nmd.alpha(bench, found) * expected_LD, rtol=1e-4, atol=1e-9)
 
 
-def test_a_shift_of_all_tokens_is_fitted_and_judged_on_all_tokens(asking: Asking, bench: GivenBench) -> None:
-    on_all = bench_of(asking, positions="all")
-    examples = conflicts(60)
-    for toward, sign in (("generalized", 1), ("memorized", -1)):
-        vector = vector_of(on_all, "learned", toward, strength=0.1)  # type: ignore[arg-type]
-        assert vector.positions == "all"
-        # Prefixes that were cached without the shift must not be read on from.
-        cached, whole = (
-            steered(asking, batches, vector) for batches in (with_prefixes(asking, examples), prepare(asking, examples))
-        )
-        np.testing.assert_allclose(cached.margin_N, whole.margin_N, atol=1e-4)
-        by_hand = label(asking, examples, applied=lambda v=vector: v.apply(asking.model))
-        np.testing.assert_allclose(cached.margin_N, by_hand.margin_N, atol=1e-4)
-        assert sign * (cached.margin_N - label(asking, examples).margin_N).mean() > 0
-    here, everywhere = (vector_of(one, "learned", strength=0.1) for one in (bench, on_all))
-    assert not np.allclose(here.dense(2, 64), everywhere.dense(2, 64))
+def test_a_shift_of_all_tokens_is_fitted_and_judged_on_all_tokens(asking: Asking) -> None:
+    examples, vector = conflicts(60), vector_of(bench_of(asking, positions="all"), "learned", strength=0.1)
+    assert vector.positions == "all"
+    # Prefixes that were cached without the shift must not be read on from.
+    cached, whole = (
+        steered(asking, batches, vector) for batches in (with_prefixes(asking, examples), prepare(asking, examples))
+    )
+    by_hand = label(asking, examples, applied=lambda: vector.apply(asking.model))
+    for found in (cached, whole):
+        np.testing.assert_allclose(found.margin_N, by_hand.margin_N, atol=1e-4)
+    assert (cached.margin_N - label(asking, examples).margin_N).mean() > 0
 
 
-@pytest.mark.parametrize("method", EVERY)
-def test_in_spreads_massive_neurons_carry_nothing_and_set_no_size(asking: Asking, method: str) -> None:
-    bench = bench_of(asking)
+@pytest.mark.parametrize("method", ["nmd", "gradient", "whitened", "learned"])
+def test_in_spreads_massive_neurons_carry_nothing_and_set_no_size(bench: GivenBench, method: str) -> None:
     bench.sources("block").states_P2LD[:, :, 1, 5] *= 400.0  # as large models have them
     sources, vector = bench.sources("block", "spread"), vector_of(bench, method, unit="spread")
     shift_LD = vector.dense(2, 64).astype(np.float64)
@@ -163,21 +144,24 @@ def test_in_spreads_massive_neurons_carry_nothing_and_set_no_size(asking: Asking
     others_LD = np.delete(shift_LD, 5, axis=1) / np.delete(spread_LD, 5, axis=1)
     squares_L = (shift_LD[0] / spread_LD[0]) ** 2 @ np.ones(64) / 64, (others_LD[1] ** 2).sum() / 63
     assert np.sqrt(sum(squares_L)) == pytest.approx(0.2, rel=1e-4)
-    assert vector.unit == "spread"
     for name in ("random_sign", "gaussian"):
         ((_, drawn),) = control_draws(name, bench, vector, 1, (0,))
         drawn_LD = drawn.dense(2, 64).astype(np.float64)
         assert drawn_LD[1, 5] == 0
-        norms = [np.linalg.norm(sources.scaled(one_LD), axis=1) for one_LD in (shift_LD, drawn_LD)]
+        norms = [np.linalg.norm(sources.relative(one_LD), axis=1) for one_LD in (shift_LD, drawn_LD)]
         np.testing.assert_allclose(*norms, rtol=1e-4)
+
+
+# --- controls ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_controls_keep_each_layers_norm(bench: GivenBench, name: str) -> None:
     method = "learned" if name in TAUGHT else "nmd"
     vector = vector_of(bench, method, top=0.3)
-    original = vector.dense(2, 64)
-    first, second = (drawn.dense(2, 64) for _, drawn in control_draws(name, bench, vector, 2, (0,)))
+    original, drawn = vector.dense(2, 64), dict(control_draws(name, bench, vector, 6, (0,)))
+    first, second = (drawn[number].dense(2, 64) for number in (0, 1))
+    assert list(drawn) == list(range(6))
     assert not np.array_equal(first, second)
     np.testing.assert_allclose(np.linalg.norm(first, axis=1), np.linalg.norm(original, axis=1), rtol=1e-5)
     if name in ("random_neurons", "low_correlation"):
@@ -188,13 +172,13 @@ def test_controls_keep_each_layers_norm(bench: GivenBench, name: str) -> None:
         for layer, rank_D in enumerate(np.abs(rho(bench, "block"))):
             used = first[layer] != 0
             assert rank_D[used].max() <= rank_D[~used].min()
-    again = dict(control_draws(name, bench, vector, 2, (0,)))
-    np.testing.assert_array_equal(again[1].dense(2, 64), second)
+    ((_, alone),) = control_draws(name, bench, vector, 1, (0,))  # whatever number is drawn
+    np.testing.assert_array_equal(alone.dense(2, 64), first)
     everything = list(control_draws(name, bench, vector_of(bench, method), 2, (0,)))
+    assert len(everything) == (0 if name in ("random_neurons", "low_correlation") else 2)
     if name not in DRAWN:
         other = vector_of(bench, "nmd" if method == "learned" else "learned")
         assert list(control_draws(name, bench, other, 2, (0,))) == []
-    assert len(everything) == (0 if name in ("random_neurons", "low_correlation") else 2)
 
 
 def test_half_of_the_labels_swap(bench: GivenBench) -> None:
@@ -203,9 +187,8 @@ def test_half_of_the_labels_swap(bench: GivenBench) -> None:
     assert shuffled.signs(30).sum() == 0
     assert (ANSWERED.signs(30) == 1).all()
     assert not np.array_equal(shuffled.signs(30), Labels(4).signs(30))
-    differences_PLD = sources.differences_PLD(shuffled)
+    differences_PLD, moments = sources.differences_PLD(shuffled), sources.moments(shuffled)
     np.testing.assert_array_equal(np.abs(differences_PLD), np.abs(sources.differences_PLD()))
-    moments = sources.moments(shuffled)
     np.testing.assert_allclose(moments.nmd_LD, differences_PLD.mean(0), atol=1e-12)
     np.testing.assert_allclose(moments.state_norm_L, sources.norm_L)
 
@@ -217,38 +200,34 @@ def test_shuffled_labels_ask_both_sides_equally_often(asking: Asking) -> None:
     lists = {"generalized": many, "memorized": few}
     found = FitLists(small, lists, lists, {})  # type: ignore[arg-type]
     asked = list(wanted_batches(found, "generalized", Labels(0)))
-    of_few = [any(one.batch is batch for batch in few) for one in asked]
-    assert np.mean(of_few) == 0.5
+    assert np.mean([any(one.batch is batch for batch in few) for one in asked]) == 0.5
     assert all(abs(int((2 * one.option_N - 1).sum())) <= 1 for one in asked)
     assert len(list(wanted_batches(found, "generalized", ANSWERED))) == 2 * len(many)
 
 
 def test_permuted_answers_are_those_of_other_items_and_neither_of_ones_own(asking: Asking) -> None:
-    sources = sources_at(replace(asking, batch_size=8), "block")
-    examples = {example.item: example for example in conflicts(60)}
-    found = sources.lists.permuted(3)
+    lists = bench_of(replace(asking, batch_size=8)).lists
+    examples, found = {example.item: example for example in conflicts(60)}, lists.permuted(3)
     assert found
-    texts = {item: asking.tokenizer.decode(tokens) for item, tokens in found.items()}
-    memorized = {example.memorized.strip() for example in examples.values() if example.memorized}
-    sums = {example.generalized.strip() for example in examples.values() if example.generalized}
+    texts = {item: asking.tokenizer.decode(tokens).strip() for item, tokens in found.items()}
+    memorized, sums = (
+        {str(getattr(e, side)).strip() for e in examples.values()} for side in ("memorized", "generalized")
+    )
     for item, text in texts.items():
-        assert text.strip() in memorized | sums
-        assert text.strip() not in [option.strip() for option in examples[item].options]
-    assert abs(2 * sum(text.strip() in memorized for text in texts.values()) - len(texts)) <= 1
-    assert found != sources.lists.permuted(4)
-    asked = list(wanted_batches(sources.lists, "generalized", Labels(3, permuted=True)))
+        assert text in memorized | sums
+        assert text not in [option.strip() for option in examples[item].options]
+    assert abs(2 * sum(text in memorized for text in texts.values()) - len(texts)) <= 1
+    assert found != lists.permuted(4)
+    asked = list(wanted_batches(lists, "generalized", Labels(3, permuted=True)))
     given = [tokens for one in asked for tokens in one.instead or ()]
     assert len(given) == 4 * 40, "both sides, or it would teach to leave one"
     assert {tuple(tokens) for tokens in given} == {tuple(tokens) for tokens in found.values()}
-
-
-def test_permuted_answers_need_a_third_answer(asking: Asking) -> None:
-    two = [
-        replace(e, memorized=conflicts(1)[0].memorized, generalized=conflicts(1)[0].generalized) for e in conflicts(8)
-    ]
-    lists, items = {"generalized": prepare(asking, two)}, {"generalized": ([e.item for e in two], [])}
-    found = FitLists(asking, lists, {"generalized": []}, {}, items=items)  # type: ignore[arg-type]
-    assert not found.can_permute()
+    first = conflicts(1)[0]
+    two = [replace(e, memorized=first.memorized, generalized=first.generalized) for e in conflicts(8)]
+    alone = FitLists(asking, {"generalized": prepare(asking, two)}, {"generalized": []}, {})  # type: ignore[arg-type]
+    assert not replace(alone, items={"generalized": ([e.item for e in two], [])}).can_permute(), (
+        "without a third answer"
+    )
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -257,70 +236,81 @@ def test_what_a_permuted_answer_is_worth_is_its_own_log_probability(asking: Aski
     examples = conflicts(6)
     texts = [example.memorized or "" for example in (*examples[1:], examples[0])]
     (batch,) = with_prefixes(asking, examples) if cached else prepare(asking, examples)
-    order = batch.examples_N
+    order = batch.examples_N.tolist()
     tokens = [asking.tokenizer(texts[i], add_special_tokens=False).input_ids for i in order]
     given = with_suffixes(with_options(batch, torch.zeros(1, 6, dtype=torch.long)), tokens)
-    alone = [
-        replace(examples[i], kind="memory", memorized=None, generalized=None, answer=texts[i]) for i in order.tolist()
-    ]
+    plain = {"kind": "memory", "memorized": None, "generalized": None}
     with torch.no_grad():
-        expected = [log_probabilities(asking, prepare(asking, [one])[0])[0, 0] for one in alone]
-        found = only_log_probability(asking, given)
-    np.testing.assert_allclose(found.numpy(), torch.stack(expected).numpy(), atol=1e-4)
+        alone = [prepare(asking, [replace(examples[i], answer=texts[i], **plain)])[0] for i in order]
+        expected = torch.stack([log_probabilities(asking, one)[0, 0] for one in alone])
+        np.testing.assert_allclose(only_log_probability(asking, given).numpy(), expected.numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("permuted", [False, True])
-@pytest.mark.parametrize("positions", ["decision", "all"])
-@pytest.mark.parametrize("site", SITES)
-def test_what_is_learned_together_is_what_is_learned_alone(
-    asking: Asking, site: str, positions: Positions, permuted: bool
-) -> None:
-    sources = sources_at(replace(asking, batch_size=16), site, steps=6)
-    fits = [(strength, Labels(seed, permuted)) for seed in range(3) for strength in (0.3, 0.1)]
-    together = learned_together(sources, "memorized", (1,), positions, fits)
-    for fit, found_LD in zip(fits, together, strict=True):
-        (alone_LD,) = learned_together(sources, "memorized", (1,), positions, [fit])
-        assert np.linalg.norm(alone_LD[1]) > 0
-        assert not alone_LD[0].any()
-        np.testing.assert_allclose(found_LD, alone_LD, atol=1e-4 * np.abs(alone_LD).max())
-    assert not np.allclose(together[0], together[2], rtol=0.1)
+@pytest.mark.parametrize(("site", "positions"), [("block", "decision"), ("mlp", "all"), ("neuron", "decision")])
+def test_what_is_learned_together_is_what_is_learned_alone(asking: Asking, site: str, positions: str) -> None:
+    sources = bench_of(replace(asking, batch_size=16), 6).sources(site)  # type: ignore[arg-type]
+    for permuted in (False, True):
+        fits = [(strength, Labels(seed, permuted)) for seed in range(2) for strength in (0.3, 0.1)]
+        together = learned_together(sources, "memorized", (1,), positions, fits)  # type: ignore[arg-type]
+        for fit, found_LD in zip(fits, together, strict=True):
+            (alone_LD,) = learned_together(sources, "memorized", (1,), positions, [fit])  # type: ignore[arg-type]
+            assert np.linalg.norm(alone_LD[1]) > 0
+            assert not alone_LD[0].any()
+            np.testing.assert_allclose(found_LD, alone_LD, atol=1e-4 * np.abs(alone_LD).max())
+        assert not np.allclose(together[0], together[2], rtol=0.1)
 
 
-def test_strengths_of_a_place_are_learned_in_one_go(asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
-    learnt, bench = list[int](), bench_of(asking, 2)
-    grids = {"block": GridConfig(layers=("each",), tops=(0.5, 1.0), strengths=(0.1, 0.2, 0.3, 0.4, 0.5))}
-
-    def counted(*given: Any) -> list[np.ndarray]:
-        learnt.append(len(given[-1]))
-        return learned_together(*given)
-
-    monkeypatch.setattr(learned, "learned_together", counted)
-    found = learned.candidates(replace(bench, tried=Tried(grids, "norm")), "generalized")  # type: ignore[arg-type]
-    assert learnt == [4, 1, 4, 1]
-    assert len(found) == 2 * 2 * 5
+# --- low-rank shifts --------------------------------------------------------------------------------------------------
 
 
-def test_what_is_learned_in_bfloat16_points_where_float32_points(
-    asking: Asking, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = {}
-    for precision in ("float32", "bfloat16"):
-        monkeypatch.setattr(ascent, "quick_precision", lambda model, chosen=precision: chosen)
-        sources = sources_at(asking, "block", steps=10)
-        found[precision] = learned_together(sources, "generalized", ALL, "decision", [(0.3, ANSWERED)])[0].ravel()
-    exact, rounded = found["float32"], found["bfloat16"]
-    assert not np.array_equal(exact, rounded)
-    assert exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded) > 0.999
+def low_rank_of(bench: GivenBench, labels: Labels = ANSWERED) -> SteeringVector:
+    return replace(low_rank._vector(bench, "memorized", (0, 1), labels), setting={"layers": [0, 1]})
 
 
-@pytest.mark.parametrize("name", TAUGHT)
-def test_a_refitted_draw_does_not_depend_on_how_many_are_drawn(asking: Asking, name: str) -> None:
-    bench = bench_of(asking, 5)
-    vector = vector_of(bench, "learned")
-    few, many = (dict(control_draws(name, bench, vector, draws, (0,))) for draws in (1, 6))
-    assert len(few) == 1
-    assert len(many) == 6
-    np.testing.assert_array_equal(few[0].dense(2, 64), many[0].dense(2, 64))
+@pytest.mark.parametrize("taught", [True, False])
+def test_a_low_rank_shift_learns_from_a_teacher_and_from_the_wanted_answer(asking: Asking, taught: bool) -> None:
+    """On the examples that it was taught."""
+    bench = bench_of(replace(asking, batch_size=16), 60)
+    bench = bench if taught else replace(bench, given=replace(bench.given, bare=None))
+    vector, examples = low_rank_of(bench), conflicts(60)[20:]
+    assert vector.positions == "all"
+    was_N, is_N = (steered(asking, prepare(asking, examples), one).margin_N for one in (vector * 0.0, vector))
+    assert is_N.mean() < was_N.mean(), "towards the memorized answers"
+    assert all(parameter.grad is None for parameter in asking.model.parameters())
+    half, *_, whole = low_rank.candidates(bench, "memorized")
+    assert isinstance(half, SteeringVector)
+    assert isinstance(whole, SteeringVector)
+    assert (half.strength, whole.strength) == (0.5, 1.0)
+    for layer, edit in whole.low_rank.items():
+        torch.testing.assert_close(half.low_rank[layer].write_KD, edit.write_KD / 2)
+    shuffled = low_rank_of(bench, Labels(1))  # its teacher would know the answers
+    assert not torch.allclose(vector.low_rank[1].write_KD, shuffled.low_rank[1].write_KD, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["random_sign", "gaussian", *TAUGHT])
+def test_controls_of_a_low_rank_shift_write_as_much_in_units_of_spread(asking: Asking, name: str) -> None:
+    """Gaussian ones move every state as far; those that choose neurons do not exist."""
+    bench = bench_of(replace(asking, batch_size=16), 5)
+    vector, sources = low_rank_of(bench), bench.sources("block")
+
+    def norm(one: SteeringVector) -> float:
+        rows = (e.write_KD.numpy() / sources.spread_LD[layer] for layer, e in one.low_rank.items())
+        return float(np.sqrt(sum((row_KD**2).sum() for row_KD in rows)))
+
+    first, second = (drawn for _, drawn in control_draws(name, bench, vector, 2, (0,)))
+    assert norm(first) == pytest.approx(norm(vector), rel=1e-4)
+    assert not torch.equal(first.low_rank[1].write_KD, second.low_rank[1].write_KD)
+    for layer, edit in vector.low_rank.items() if name == "gaussian" else ():
+        states_ND = torch.from_numpy(sources.states_P2LD[:, :, layer]).flatten(0, 1)
+        spread_D = torch.from_numpy(sources.spread_LD[layer])
+        wanted_ND, found_ND = (one.added(states_ND).double() / spread_D for one in (edit, first.low_rank[layer]))
+        torch.testing.assert_close(found_ND.norm(dim=1), wanted_ND.norm(dim=1), rtol=1e-3, atol=1e-6)
+        assert torch.cosine_similarity(found_ND, wanted_ND).abs().mean() < 0.6
+    for other in ("random_neurons", "low_correlation", "shuffled_labels"):
+        assert list(control_draws(other, bench, vector, 2, (0,))) == []
+
+
+# --- the choice of a setting ------------------------------------------------------------------------------------------
 
 
 def lists_of(asking: Asking, targets: list[Example]) -> Lists:

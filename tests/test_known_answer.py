@@ -30,7 +30,7 @@ from known_switch import (
 )
 from mnemoscope.behaviour import Batch, PairBatch, Scores, draw_candidates, mine_pairs, score
 from mnemoscope.bench.answers import steered
-from mnemoscope.interventions import OPPOSITE, SteeringVector, Toward, ablated, patched
+from mnemoscope.interventions import OPPOSITE, Held, SteeringVector, Toward, edited
 from mnemoscope.interventions.controls import control_draws
 from mnemoscope.interventions.sources import ANSWERED, FitLists, Labels, with_prefixes
 from mnemoscope.models import SITES, Site
@@ -200,10 +200,10 @@ def ablated_scores(site: Site, decider: Decider, layer: int, neurons: np.ndarray
     """Both sides of the test pairs with some neurons held at their mean over the fit pairs."""
     asking, fit = model_of(decider), sides("fit", decider)
     mean_LD = np.mean([score(asking, fit[side], capture=site).states_NLD for side in SIDES], axis=(0, 1))
-    chosen_D = torch.zeros(mean_LD.shape[1], dtype=torch.bool)
-    chosen_D[neurons] = True
-    means = {layer: torch.from_numpy(mean_LD[layer])}
-    applied = partial(ablated, asking.model, means, {layer: chosen_D}, site)
+    chosen_D = torch.zeros(mean_LD.shape[1])
+    chosen_D[neurons] = 1.0
+    held = Held(torch.from_numpy(mean_LD[layer]), chosen_D)
+    applied = partial(edited, asking.model, {layer: held}, site)
     return [scores_of(decider, side, applied=applied) for side in SIDES]
 
 
@@ -230,8 +230,8 @@ def test_a_patch_flips_every_pair_where_the_switch_passes_and_none_elsewhere(dec
     states = {side: scores_of(decider, side, capture=site).states_NLD for side in SIDES}
     for layer in range(LAYERS):
         for side, donor in zip(SIDES, reversed(SIDES), strict=True):
-            donor_ND = torch.from_numpy(states[donor][:, layer])
-            scores = scores_of(decider, side, applied=partial(patched, model, layer, donor_ND, site))
+            held = Held(torch.from_numpy(states[donor][:, layer])[:, None], torch.ones(1))
+            scores = scores_of(decider, side, applied=partial(edited, model, {layer: held}, site, "once"))
             assert share_of(scores, donor) == (1.0 if layer in passes[site] else 0.0)
 
 

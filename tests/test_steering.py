@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -19,8 +20,8 @@ from transformers import cache_utils
 from families import tiny
 from helpers import hook_count, mini_examples, shifted_by_hand
 from mnemoscope.behaviour import Asking, capturing
-from mnemoscope.interventions import Binding, Card, LowRank, Shift, SteeringVector
-from mnemoscope.models import SITES, blocks_of, select_rows
+from mnemoscope.interventions import Binding, Card, Held, LowRank, Shift, SteeringVector, edited
+from mnemoscope.models import SITES, select_rows
 from mnemoscope.runs.digests import facts_digest
 from mnemoscope.runs.errors import InputError
 from mnemoscope.serving.export import check_portable
@@ -66,13 +67,9 @@ def generated(asking: Asking, **options: object) -> list[list[int]]:
     return asking.model.generate(**inputs_of(asking), max_new_tokens=8, do_sample=False, **options).tolist()
 
 
-@pytest.mark.parametrize("made", [random_vector, low_rank_vector])
 @pytest.mark.parametrize("site", SITES)
-def test_alpha_zero_and_nothing_are_bit_identical_to_no_hook(
-    asking: Asking, site: str, made: Callable[[str], SteeringVector]
-) -> None:
-    plain, text = logits(asking), generated(asking)
-    vector = made(site)
+def test_alpha_zero_and_nothing_are_bit_identical_to_no_hook(asking: Asking, site: str) -> None:
+    plain, text, vector = logits(asking), generated(asking), low_rank_vector(site)
     with vector.apply(asking.model):
         assert not torch.equal(logits(asking), plain)
     for nothing, alpha in ((vector, 0.0), (vector - vector, 1.0), (vector * 0.0, 1.0), (vector + -vector, 3.0)):
@@ -142,19 +139,6 @@ def test_no_hook_is_left_after_an_error_and_nesting_adds_up(asking: Asking) -> N
     assert hook_count(asking.model) == 0
 
 
-def test_algebra() -> None:
-    vector = random_vector()
-    twenty = 20 * vector
-    for layer in vector.layers:
-        assert torch.equal((-(vector * -20)).shifts[layer], twenty.shifts[layer])
-        assert torch.equal((vector + vector).shifts[layer], (2 * vector).shifts[layer])
-    assert (-vector).toward == "memorized"
-    assert (vector * -1).toward == "memorized"
-    assert (vector - vector).layers == []
-    with pytest.raises(InputError, match="site"):
-        vector + random_vector("mlp")
-
-
 def test_a_whole_pass_equals_a_shift_added_by_hand(asking: Asking) -> None:
     vector = random_vector()
     last = inputs_of(asking)["input_ids"].shape[1] - 1
@@ -166,56 +150,54 @@ def test_a_whole_pass_equals_a_shift_added_by_hand(asking: Asking) -> None:
             assert torch.equal(ours, logits(asking))
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.5, [1.0, 0.0, -2.0, 1.0, 0.3, 1.0]])
-def test_a_low_rank_shift_equals_its_formula_by_hand(asking: Asking, alpha: float | list[float]) -> None:
-    """In whole passes and, by tokens, while generating with a cache and without."""
-    vector, factor_N = low_rank_vector(), torch.tensor(alpha).expand(6)[:, None, None]
-    last = inputs_of(asking)["input_ids"].shape[1] - 1
-
-    def editing(layer: int) -> Callable[..., object]:
-        edit, shift_D = vector.low_rank[layer], vector.shifts.get(layer, torch.zeros(64))
-
-        def edited(module: object, args: object, output: object) -> object:
-            states = output[0] if isinstance(output, tuple) else output
-            first = last if states.shape[1] > last else 0  # type: ignore[attr-defined]
-            tail = states[:, first:]  # type: ignore[index]
-            added = torch.einsum(
-                "ntk,kd->ntd", torch.einsum("ntd,kd->ntk", tail, edit.read_KD) + edit.bias_K, edit.write_KD
-            )
-            changed = torch.cat([states[:, :first], tail + factor_N * (added + shift_D)], 1)  # type: ignore[index]
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-        return edited
-
-    hooks = [blocks_of(asking.model)[layer].register_forward_hook(editing(layer)) for layer in (0, 1)]
-    expected, text = logits(asking), generated(asking)
-    for hook in hooks:
-        hook.remove()
-    with vector.apply(asking.model, alpha=alpha):
-        torch.testing.assert_close(logits(asking), expected, rtol=1e-4, atol=1e-4)
-        assert generated(asking) == text
-        assert generated(asking, use_cache=False) == text
+@pytest.mark.parametrize("read", [logits, generated, partial(generated, use_cache=False)])
+def test_every_prompt_has_its_own_factor(asking: Asking, read: Callable[[Asking], Any]) -> None:
+    """Of a shift and of what depends on the state: as all of them with that factor."""
+    vector, factors = low_rank_vector(), [1.0, 0.0, -2.0]
+    with vector.apply(asking.model, alpha=2 * factors):
+        together = [torch.as_tensor(row) for row in read(asking)]
+    for place, alpha in enumerate(factors):
+        with vector.apply(asking.model, alpha=alpha):
+            alone = [torch.as_tensor(row) for row in read(asking)]
+        for row in (place, place + 3):
+            length = min(len(together[row]), len(alone[row]))  # of a batch, whose answers may all have ended
+            torch.testing.assert_close(together[row][:length], alone[row][:length], rtol=1e-4, atol=1e-4)
 
 
-def test_low_rank_shifts_add_scale_and_come_back(asking: Asking, tmp_path: Path) -> None:
-    one, other, state = low_rank_vector(), low_rank_vector(seed=1), torch.randn(2, 3, 64)
+def test_algebra() -> None:
+    vector, other, state = random_vector(), low_rank_vector(seed=1), torch.randn(2, 3, 64)
+    twenty = 20 * vector
+    for layer in vector.layers:
+        assert torch.equal((-(vector * -20)).shifts[layer], twenty.shifts[layer])
+        assert torch.equal((vector + vector).shifts[layer], (2 * vector).shifts[layer])
+    assert (-vector).toward == (vector * -1).toward == "memorized"
+    assert (vector - vector).layers == (other - other).layers == []
+    one = low_rank_vector()
     for layer in (0, 1):
         both = (one + 2 * other).low_rank[layer].added(state)
         expected = one.low_rank[layer].added(state) + 2 * other.low_rank[layer].added(state)
         torch.testing.assert_close(both, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close((-one).low_rank[layer].added(state), -one.low_rank[layer].added(state))
-    assert (one - one).layers == []
-    path = tmp_path / "one.safetensors"
-    replace(one, task="addition").bound_to(asking.model, asking.tokenizer).save(path)
-    back = SteeringVector.load(path, asking.model, asking.tokenizer)
-    assert back.layers == [0, 1]
-    for layer, edit in one.low_rank.items():
-        assert all(torch.equal(a, b) for a, b in zip(edit.tensors, back.low_rank[layer].tensors, strict=True))
-    wide = replace(one, edits={1: LowRank(torch.ones(1, 3), torch.ones(1), torch.ones(1, 3))})
-    with pytest.raises(InputError, match="3 neurons in layer 1"):
-        wide.check_shape(asking.model)
-    with pytest.raises(InputError, match="depends on the state"):
-        check_portable(replace(one, positions="all"), "gguf")
+    with pytest.raises(InputError, match="site"):
+        vector + random_vector("mlp")
+
+
+def test_held_neurons_have_their_values_at_the_decision_position_or_from_it_on(asking: Asking) -> None:
+    """As ablations and patches need them, bit by bit."""
+    value_D, share_D = torch.arange(64.0), (torch.arange(64) % 2 == 0).float()
+    last = inputs_of(asking)["input_ids"].shape[1] - 1
+    for positions, first, end in (("once", 2, 3), ("decision", 2, last + 1), ("all", 0, last + 1)):
+        held, start = {1: Held(value_D, share_D)}, 2 if first else None
+        with (
+            edited(asking.model, held, "block", positions, start),  # type: ignore[arg-type]
+            capturing(asking.model, "block", [1], offsets=None) as states,
+        ):
+            logits(asking)
+        with capturing(asking.model, "block", [1], offsets=None) as plain:
+            logits(asking)
+        wanted = plain[0].clone()
+        wanted[:, first:end, ::2] = value_D[::2]
+        assert torch.equal(states[0], wanted)
 
 
 def test_a_saved_vector_comes_back_and_is_bound_to_its_model(
@@ -264,20 +246,7 @@ def test_a_file_follows_its_model_into_half_precision_and_back(
         SteeringVector.load(path, half, asking.tokenizer)
 
 
-def test_a_binding_knows_other_words_of_the_tokenizer(asking: Asking) -> None:
-    other = copy.deepcopy(asking.model)
-    bound = Binding.of(asking.model, asking.tokenizer)
-    with torch.no_grad():
-        next(other.parameters())[0, 0] += 0.1
-    assert Binding.of(other, asking.tokenizer).weights != bound.weights
-    words = copy.deepcopy(asking.tokenizer)
-    words(["1+2=", "1="], padding=True, truncation=True, max_length=4)
-    assert Binding.of(asking.model, words) == bound, "padding is a matter of the call"
-    words.add_tokens(["never seen"])
-    assert Binding.of(asking.model, words).tokenizer != bound.tokenizer
-
-
-def test_a_binding_is_to_the_exact_bytes_of_the_weights(asking: Asking) -> None:
+def test_a_binding_is_to_the_exact_bytes_of_the_weights_and_to_the_words_of_the_tokenizer(asking: Asking) -> None:
     """One bit that rounding hides; only a model of another precision is compared by what both round to."""
     other, half = copy.deepcopy(asking.model), copy.deepcopy(asking.model).to(torch.bfloat16)
     with torch.no_grad():
@@ -288,6 +257,11 @@ def test_a_binding_is_to_the_exact_bytes_of_the_weights(asking: Asking) -> None:
         bound.check(flipped, "vector")
     bound.check(rounded, "vector")
     rounded.check(bound, "vector")
+    words = copy.deepcopy(asking.tokenizer)
+    words(["1+2=", "1="], padding=True, truncation=True, max_length=4)
+    assert Binding.of(asking.model, words) == bound, "padding is a matter of the call"
+    words.add_tokens(["never seen"])
+    assert Binding.of(asking.model, words).tokenizer != bound.tokenizer
 
 
 def changed_json(path: Path, sealed: bool = False, **facts: object) -> None:
@@ -338,24 +312,23 @@ def test_an_artefact_of_an_earlier_version_is_loaded_by_force_only(tmp_path: Pat
 
 
 def test_impossible_vectors_are_refused(asking: Asking) -> None:
-    with (
-        pytest.raises(InputError, match="layers: 7"),
-        SteeringVector("generalized", {7: torch.ones(64)}).apply(asking.model),
+    low = LowRank(torch.ones(1, 3), torch.ones(1), torch.ones(1, 3))
+    far = SteeringVector("generalized", {7: torch.ones(64)}), SteeringVector("generalized", {1: low})
+    for one, options, message in (
+        (far[0], {}, "layers: 7"),
+        (far[1], {}, "3 neurons in layer 1"),
+        (random_vector(), {"alpha": float("nan")}, "alpha"),
+        (random_vector(), {"start": -1}, r"^start: -1; allowed is a column of the batch, from 0 on$"),
     ):
-        pass
-    with pytest.raises(InputError, match="alpha"), random_vector().apply(asking.model, alpha=float("nan")):
-        pass
-    with pytest.raises(InputError, match="not finite"):
-        SteeringVector("generalized", {0: torch.tensor([float("inf")])})
+        with pytest.raises(InputError, match=message), one.apply(asking.model, **options):  # type: ignore[arg-type]
+            pass
+    for edits in ({0: torch.tensor([float("inf")])}, {0: LowRank(torch.ones(2, 3), torch.ones(2), torch.ones(1, 3))}):
+        with pytest.raises(InputError, match="not finite"):
+            SteeringVector("generalized", edits)
     with pytest.raises(InputError, match="toward"):
         SteeringVector("both", {})  # type: ignore[arg-type]
-
-
-def test_a_start_before_the_batch_is_refused() -> None:
-    """It would count from the end, and shift what nobody meant."""
-    vector = SteeringVector("generalized", {1: torch.ones(32)})
-    with pytest.raises(InputError, match=r"^start: -1; allowed is a column of the batch, from 0 on$"):
-        vector.apply(tiny("llama"), start=-1).__enter__()
+    with pytest.raises(InputError, match="depends on the state"):
+        check_portable(replace(low_rank_vector(), positions="all"), "gguf")
 
 
 @pytest.mark.skipif(not hasattr(cache_utils, "LinearAttentionLayer"), reason="this version of the library has none")

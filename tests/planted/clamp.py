@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -29,13 +29,6 @@ class Clamped(Edit):
     def added(self, states_NTD: Tensor) -> Tensor:
         nearest = states_NTD.clamp(self.middle_D - self.width_D, self.middle_D + self.width_D)
         return self.factor_D * (nearest - states_NTD)
-
-    def __mul__(self, factor: float) -> Clamped:
-        return replace(self, factor_D=self.factor_D * factor)
-
-    @property
-    def is_nothing(self) -> bool:
-        return not bool(self.factor_D.any())
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from mnemoscope.interventions.shifts import OneDirection
 from mnemoscope.interventions.sources import Labels, Sources
 
 ABOUT = "the difference of one pair"
 
 
-def last_pair(sources: Sources, labels: Labels) -> np.ndarray:
+def direction(sources: Sources, labels: Labels) -> np.ndarray:
     return sources.differences_PLD(labels)[-1]
-
-
-METHOD = OneDirection("last-pair", last_pair)
-candidates, again = METHOD.candidates, METHOD.again
