@@ -5,18 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mnemoscope.bench.lists import Bench
-from mnemoscope.interventions import Intervention, Toward
-from mnemoscope.interventions.decoding import with_contrasts
-
 ABOUT = "tokens that the other side makes likelier are left out"
+SETTINGS = [{"penalty": 0.5}, {"penalty": 2.0}]
 
 
 def joined(first_NMV: Tensor, other_NMV: Tensor, penalty: float) -> Tensor:
     """Logits minus a penalty where the other distribution gives a token more."""
     first, other = first_NMV.log_softmax(-1), other_NMV.log_softmax(-1)
     return first - penalty * torch.relu(other - first)
-
-
-def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
-    return with_contrasts(bench, "sharper", toward, [{"penalty": 0.5}, {"penalty": 2.0}])

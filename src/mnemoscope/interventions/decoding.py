@@ -5,9 +5,9 @@ Shapes: N prompts, M tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from itertools import product
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -44,12 +44,10 @@ class Decoding(Intervention):
         return replace(self, alpha=self.alpha * alpha) if alpha else super().scaled(0.0)
 
 
-def with_contrasts(
-    bench: Bench, method: str, toward: Toward, settings: Iterable[Mapping[str, Any]] = ({},)
-) -> list[Intervention]:
-    """A method's rule with each setting and either contrast; InputError where a conflict has no bare question."""
+def candidates(bench: Bench, method: str, toward: Toward) -> list[Intervention]:
+    """A method's rule with each of its ``SETTINGS`` and either contrast; InputError without a bare question."""
     check_bares(bench, method)
-    both = [(setting, contrast) for setting in settings for contrast in CONTRASTS]
+    both = product(method_module(method).SETTINGS, CONTRASTS)
     return [
         Decoding(toward=toward, method=method, setting={**setting, "contrast": contrast}, contrast=contrast)
         for setting, contrast in both

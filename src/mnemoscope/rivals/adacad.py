@@ -13,12 +13,10 @@ import math
 import torch
 from torch import Tensor
 
-from mnemoscope.interventions import Intervention, Toward
-from mnemoscope.interventions.contract import Bench
-from mnemoscope.interventions.decoding import with_contrasts
 from mnemoscope.interventions.methods import cad
 
 ABOUT = "context-aware decoding, weighted by how far the two distributions differ (arXiv 2409.07394)"
+SETTINGS = [dict[str, float]()]
 
 
 def divergence(first_NMV: Tensor, other_NMV: Tensor) -> Tensor:
@@ -32,8 +30,3 @@ def divergence(first_NMV: Tensor, other_NMV: Tensor) -> Tensor:
 def joined(first_NMV: Tensor, other_NMV: Tensor) -> Tensor:
     """The weighted difference."""
     return cad.joined(first_NMV, other_NMV, divergence(first_NMV, other_NMV)[..., None])
-
-
-def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
-    """Either contrast; InputError where the task has no bare questions."""
-    return with_contrasts(bench, "adacad", toward)

@@ -14,13 +14,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from mnemoscope.interventions import Intervention, Toward
-from mnemoscope.interventions.contract import Bench
-from mnemoscope.interventions.decoding import with_contrasts
-
 ABOUT = "contrast where a token is unlikely to be by the bare question (arXiv 2402.11893)"
 BANDS = (0.1, 0.25, 0.5)  # lambda: the band goes from 1 / lambda of the least to lambda of the most information
 WEIGHTS = (0.5, 1.0, 2.0)  # alpha
+SETTINGS = [{"band": band, "weight": weight} for band, weight in product(BANDS, WEIGHTS)]
 
 
 def joined(first_NMV: Tensor, other_NMV: Tensor, band: float, weight: float) -> Tensor:
@@ -39,9 +36,3 @@ def joined(first_NMV: Tensor, other_NMV: Tensor, band: float, weight: float) -> 
     alone_NM1 = below_NMV.sum(-1, keepdim=True) == 1
     outside_NMV = (below_NMV & ~alone_NM1) | above_NMV
     return torch.where(outside_NMV, first_NMV, other_NMV) + weight * (first_NMV - other_NMV)
-
-
-def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
-    """Every band, weight and contrast; InputError where the task has no bare questions."""
-    settings = ({"band": band, "weight": weight} for band, weight in product(BANDS, WEIGHTS))
-    return with_contrasts(bench, "coiecd", toward, settings)

@@ -70,12 +70,13 @@ def candidates(method: str, bench: Bench, toward: Toward) -> Sequence[Interventi
     Raises:
         InputError: this model or task cannot take it; the reason is named.
     """
-    from mnemoscope.interventions import shifts
+    from mnemoscope.interventions import decoding, shifts
 
     module, name = method_module(method), name_of(method)
-    found: Sequence[Intervention] = (
-        module.candidates(bench, toward) if hasattr(module, "candidates") else shifts.candidates(bench, name, toward)
-    )
+    if hasattr(module, "candidates"):
+        found: Sequence[Intervention] = module.candidates(bench, toward)
+    else:
+        found = (shifts if hasattr(module, "direction") else decoding).candidates(bench, name, toward)
     for one in found:
         if (one.method, one.toward) != (name, toward):
             wrong = f"{one.method!r} to {one.toward}; {name!r} to {toward} is wanted"
@@ -104,7 +105,7 @@ def method_module(method: str) -> Any:
         module = import_module(path)
     except ImportError as error:
         raise InputError(f"methods: {path!r} cannot be imported ({error})") from error
-    for needed in ("ABOUT", "candidates"):
-        if not hasattr(module, needed) and not (needed == "candidates" and hasattr(module, "direction")):
-            raise InputError(f"methods: module {path!r} lacks {needed}")
+    lacking = [name for name in ("ABOUT", "candidates") if not hasattr(module, name)]
+    if "ABOUT" in lacking or (lacking and not {"direction", "joined"} & vars(module).keys()):
+        raise InputError(f"methods: module {path!r} lacks {lacking[0]}")
     return module

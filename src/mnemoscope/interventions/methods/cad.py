@@ -9,18 +9,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mnemoscope.interventions.contract import Bench, Intervention, Toward
-from mnemoscope.interventions.decoding import with_contrasts
-
 ABOUT = "context-aware decoding (arXiv 2305.14739)"
-WEIGHTS = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+SETTINGS = [{"weight": weight} for weight in (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)]
 
 
 def joined(first_NMV: Tensor, other_NMV: Tensor, weight: float | Tensor) -> Tensor:
     """``(1 + weight) * logits - weight * other logits``."""
     return (1 + weight) * first_NMV - weight * other_NMV
-
-
-def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
-    """Every weight and contrast; InputError where the task has no bare questions."""
-    return with_contrasts(bench, "cad", toward, ({"weight": weight} for weight in WEIGHTS))
