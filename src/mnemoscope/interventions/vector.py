@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -219,16 +220,15 @@ class SteeringVector(Intervention):
         known, asked = kinds(), facts.pop("edits", None) or [Shift.KIND, LowRank.KIND]
         if unknown := set(asked) - set(known):
             raise ValueError(f"edits of kind {min(unknown)!r} are unknown")
-        left, edits = dict(tensors), dict[int, tuple[Edit, ...]]()
-        for kind in (known[name] for name in sorted(asked, key=lambda name: name != Shift.KIND)):
-            first = f"{kind.PARTS[0]}."
-            for layer in sorted(int(name.removeprefix(first)) for name in tensors if name.startswith(first)):
-                parts = (left.pop(f"{part}.{layer}") for part in kind.PARTS)
-                edits[layer] = (*edits.get(layer, ()), kind(*parts))
+        left, edits, layers = dict(tensors), dict[int, tuple[Edit, ...]](), facts.pop("layers")
+        for kind, layer in product(sorted(asked, key=lambda name: name != Shift.KIND), layers):
+            names = [f"{part}.{layer}" for part in known[kind].PARTS]
+            if names[0] in left:
+                edits[layer] = (*edits.get(layer, ()), known[kind](*map(left.pop, names)))
+        if layers != sorted(edits):
+            raise ValueError("its layers are not those of the JSON beside it")
         if left:
             raise ValueError(f"tensor {min(left)!r} is unknown")
-        if facts.pop("layers") != sorted(edits):
-            raise ValueError("its layers are not those of the JSON beside it")
         if all(one.is_nothing for some in edits.values() for one in some):
             raise ValueError("all its shifts are 0")
         return cls(edits=edits, **facts | {"opening": tuple(facts["opening"])})
