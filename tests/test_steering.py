@@ -302,9 +302,15 @@ def test_a_damaged_artefact_is_refused_by_name(
     assert "\n" not in str(error.value)
 
 
-def test_an_artefact_of_an_earlier_version_is_loaded_by_force_only(tmp_path: Path) -> None:
-    file, facts = random_vector().save(tmp_path / "vector.safetensors")
+def test_vectors_of_earlier_versions_are_loaded(tmp_path: Path) -> None:
+    """Those of 0.2.0 do not say what kind they are; older ones, without a digest of their facts, by force only."""
+    file, facts = low_rank_vector().save(tmp_path / "vector.safetensors")
     found = json.loads(facts.read_text())
+    older = {name: fact for name, fact in found.items() if name not in ("kind", "edits", "setting", "contrast")}
+    facts.write_text(json.dumps(older))
+    changed_json(facts, sealed=True)
+    back = SteeringVector.load(file)
+    assert all(torch.equal(part, back.tensors()[name]) for name, part in low_rank_vector().tensors().items())
     facts.write_text(json.dumps(found | {"digest": found["digest"]["tensors"]}))
     with pytest.raises(InputError, match="an earlier version wrote it, without a digest of its facts"):
         SteeringVector.load(file)

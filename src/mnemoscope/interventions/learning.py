@@ -71,18 +71,13 @@ def asked_batch(asked: Sequence[Asked], everywhere: bool) -> Batch:
     return batch
 
 
-def unchanged(start: int | None = None) -> AbstractContextManager[Any]:
-    """The context in which nothing is changed."""
-    return nullcontext()
-
-
-def log_p(asking: Asking, asked: Sequence[Asked], applied: Applied = unchanged, everywhere: bool = True) -> Tensor:
+def log_p(asking: Asking, asked: Sequence[Asked], applied: Applied | None = None, everywhere: bool = True) -> Tensor:
     """Log probability of the wanted answers in nats, read in a context, float32 (K * N,).
 
     ``everywhere``: it acts on all tokens, so no cached prefix serves.
     """
     batch = asked_batch(asked, everywhere)
-    with applied(None if everywhere else batch.ids_NT.shape[1] - 1):
+    with applied(None if everywhere else batch.ids_NT.shape[1] - 1) if applied else nullcontext():
         return only_log_probability(asking, batch)
 
 
