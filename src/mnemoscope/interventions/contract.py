@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 from torch import Tensor
 
 from mnemoscope.interventions.artefact import Artefact, read_artefact
+from mnemoscope.interventions.registry import method_module
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.schemas import InterventionFacts
 
@@ -122,8 +123,6 @@ def load_intervention(
     force: bool = False,
 ) -> Intervention:
     """Load an intervention of any kind that was imported; see ``Artefact.load`` for errors."""
-    from mnemoscope.interventions.methods import method_module
-
     facts, _ = read_artefact("intervention", path, InterventionFacts, force)
     kind = facts.get("kind", "vector")
     with suppress(InputError):  # a vector of somebody's own

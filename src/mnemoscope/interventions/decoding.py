@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from mnemoscope.interventions.contract import Bench, Contrast, Intervention, Toward
-from mnemoscope.interventions.methods import method_module
+from mnemoscope.interventions.registry import method_module
 from mnemoscope.runs.errors import InputError
 
 CONTRASTS: tuple[Contrast, ...] = ("bare", "cut")  # a bare question may be put otherwise than the prompt

@@ -21,7 +21,7 @@ import torch
 
 from mnemoscope.config import GridConfig
 from mnemoscope.interventions.contract import Bench, Intervention, Toward
-from mnemoscope.interventions.methods import method_module
+from mnemoscope.interventions.registry import method_module
 from mnemoscope.interventions.sources import ANSWERED, Labels, Sources, Unit
 from mnemoscope.interventions.vector import SteeringVector
 from mnemoscope.models import Site, blocks_of
