@@ -291,7 +291,8 @@ def test_the_playground_offers_the_named_run_only_unless_asked(hostile: Path) ->
         app = build_app(Runs(hostile.parent, None if siblings else "theirs"), TOKEN, "theirs")
         client = TestClient(app, "http://localhost", headers={"Authorization": f"Bearer {TOKEN}"})
         assert [run["run"] for run in client.get("/api/runs").json()] == names
-        assert client.get("/api/runs/sibling/cells/addition-0").status_code == (200 if siblings else 422)
+        found = client.get("/api/runs/sibling/cells/addition-0")
+        assert found.status_code == (200 if siblings else 422), found.text
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling", "device", "pipe"])
