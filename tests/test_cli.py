@@ -139,10 +139,10 @@ def test_what_a_refused_run_found_is_as_it_was(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.1, 0.8, 4.0])
 def test_ctrl_c_is_one_line_whatever_it_stops(seconds: float, tmp_path: Path) -> None:
-    """The package is being imported, then libraries, then a model trains."""
+    """Libraries are being imported, then a model trains."""
     study = MINI_STUDY.replace("novel_accuracy: 0.6", "novel_accuracy: 0.95").replace("steps: 600", "steps: 60000")
     (tmp_path / "mini.yaml").write_text(study)
-    code = "print(1, flush=True); from mnemoscope.cli import main; main()"
+    code = "from mnemoscope.cli import main; print(1, flush=True); main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "run", str(tmp_path / "mini.yaml"), "--out", str(tmp_path / "run"), "--json"],
         stdout=subprocess.PIPE,
