@@ -89,18 +89,18 @@ def test_the_table_has_no_circle() -> None:
 
 # What there may be at most. Bounds above what is wanted are today's numbers; what is wanted stands beside them.
 BOUNDS = {
-    "lines of src": 27_600,  # 19_500
+    "lines of src": 24_800,  # 19_500
     "lines of paper": 2_000,
     "lines of rivals": 1_200,
-    "lines of tests": 17_500,  # 11_000
+    "lines of tests": 15_100,  # 11_000
     "lines of docs": 2_200,  # by hand
-    "lines of a file": 414,  # 350
-    "lines of a test file": 556,  # 350
-    "lines of a function": 72,  # 60
-    "parameters": 14,  # 7, commands apart
+    "lines of a file": 350,
+    "lines of a test file": 453,  # 350
+    "lines of a function": 60,
+    "parameters": 7,  # commands apart
     "names at the top": 18,
     "imports in a chain": 18,
-    "modules in circles": 4,  # 0, with imports inside functions
+    "modules in circles": 0,  # with imports inside functions
 }
 
 

@@ -121,8 +121,9 @@ def run_cell(cell: Cell, progress: Progress) -> None:
             continue
         upstream = stage_hash(upstream, cell, name)
         begin = partial(stage, replace(cell, depends_on=upstream))
-        later = list(STAGES)[place + 1 :]
-        _run_stage(cell.name, cell.folder, name, upstream, begin, progress, WRITES.get(name, ()), later)
+        # Stages that read what it writes are not done any more once it runs again.
+        later = [f"stages/{after}.json" for after in reversed(list(STAGES)[place + 1 :])]
+        _run_stage(cell.name, cell.folder, name, upstream, begin, progress, [*later, *WRITES.get(name, ())])
 
 
 def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers: int = 1) -> None:
@@ -152,21 +153,18 @@ def _run_stage(
     wanted: str,
     stage: Callable[[Tell], list[Path]],
     progress: Progress,
-    writes: Sequence[str] = (),
-    later: Sequence[str] = (),
+    stale: Sequence[str] = (),
 ) -> None:
     """Run a stage unless it has finished with the same dependencies; write its marker last.
 
-    ``later``: stages that read what it writes, which are not done any more once it runs again.
+    ``stale``: patterns of what is deleted before it begins, in order.
     """
     if is_done(folder, name, wanted):
         progress(owner, name, 1, 1, "done before")
         return
     began = time.time()
-    for stage_name in (*reversed(later), name):
-        (folder / "stages" / f"{stage_name}.json").unlink(missing_ok=True)
-    for stale in (path for pattern in writes for path in folder.glob(pattern)):
-        shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
+    for path in (path for pattern in (f"stages/{name}.json", *stale) for path in sorted(folder.glob(pattern))):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     files = stage(partial(progress, owner, name))
     seconds = round(time.time() - began, 3)
     write_marker(folder, name, files, {"hash": wanted, "seconds": seconds, **git_state()})
