@@ -246,7 +246,11 @@ def test_what_cannot_be_taught_is_refused(folder: Path, digits: Task, tmp_path: 
         assert not list(tmp_path.iterdir())
 
 
-def test_a_training_that_diverges_ends_and_says_so(folder: Path, digits: Task, tmp_path: Path) -> None:
+def test_a_training_that_diverges_ends_and_says_so(
+    mini: Callable[[str], Asking], shared_folder: Path, digits: Task, tmp_path: Path
+) -> None:
+    mini("addition-digits")
+    folder = shared_folder / "mini-addition-digits"  # a model whose loss is low
     asking, config = opened(folder, digits), QUICK.model_copy(update={"prompt_weight": 0.0})
 
     def progress(step: int, measured: object) -> None:
