@@ -127,7 +127,7 @@ def forgetful() -> Task:
         ),
         ("addition", {"stop": {"conflict_each": 0.4}}, r"training\.stop\.conflict_each: 0.4 cannot .* at most 0.3"),
         ("addition", {"stop": {"conflict_other": 0.01}}, r"training\.stop\.conflict_other: 0.01 cannot .* at least"),
-        ("addition", {"hold": HoldConfig(dial="digits")}, r"training\.hold\.dial: 'digits'; task 'addition' has memorized"),
+        ("addition", {"hold": HoldConfig(dial="digits")}, r"training\.hold\.dial: 'digits'; task 'addition' has"),
         ("inference", {"context": 24}, r"model\.context: 24 tokens; a training instance has 34"),
         ("forgetful", {}, "has no memory example"),
     ],
