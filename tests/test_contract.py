@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 
 import mnemoscope as ms
 from arena_lists import LONGEST, PLANTED, SIZES, ids_of, labels_by, plainly
@@ -25,6 +27,7 @@ from mnemoscope.bench.answers import NOTHING, scores, texts_of
 from mnemoscope.bench.lists import DrawnBench
 from mnemoscope.bench.prompts import Prompts
 from mnemoscope.interventions import Gate, Intervention, SteeringVector, Toward, load_intervention
+from mnemoscope.interventions.artefact import tensors_file
 from mnemoscope.interventions.methods import method_names, name_of
 from mnemoscope.models import backbone_of
 from mnemoscope.runs.errors import InputError
@@ -88,10 +91,24 @@ def test_what_is_saved_comes_back_as_it_was(bench: DrawnBench, fitted: Fitted, m
     assert back.facts() == one.facts()
     assert all(torch.equal(part, back.tensors()[name]) for name, part in one.tensors().items())
     assert scores(back, prompts).behaviour_N.tolist() == scores(one, prompts).behaviour_N.tolist()
-    text = path.with_suffix(".json").read_text()
-    path.with_suffix(".json").write_text(text.replace(f'"{one.method}"', '"another"', 1))
+    described = tensors_file(path).with_suffix(".json")
+    described.write_text(described.read_text().replace(f'"{one.method}"', '"another"', 1))
     with pytest.raises(InputError, match="digest"):
         load_intervention(path)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # of GPT-2's layers, which peft sets right
+def test_peft_opens_the_folder_of_an_adapter(bench: DrawnBench, fitted: Fitted, tmp_path: Path) -> None:
+    one, model = fitted["lora", "memorized"], bench.asking.model
+    inputs = bench.asking.padded([e.prompt for e in bench.test["conflict"].examples[:4]])
+    one.save(tmp_path / "one")
+    with torch.no_grad():
+        with one.apply(model):
+            mine = model(**inputs).logits
+        theirs = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "one").eval()(**inputs).logits
+        plain = model(**inputs).logits
+    assert not torch.equal(plain, mine)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", EVERY)

@@ -21,8 +21,8 @@ from families import tiny, tokenizer
 from helpers import MINI_TASKS, hook_count, sign
 from mnemoscope.behaviour import Asking, phrase_of, states_at_the_end
 from mnemoscope.cli import commands
-from mnemoscope.face.fitted import _agreed, vector_file
 from mnemoscope.face.recipe import ONE_LAYER, SETTINGS, STEERING, Choices, fitting_study
+from mnemoscope.face.stored import agreed, vector_file
 from mnemoscope.models import load_model
 from mnemoscope.runs.errors import InputError
 from mnemoscope.serving.export import SITES_FOR
@@ -243,16 +243,16 @@ def test_an_adapted_model_is_fitted_on_a_task_object_of_conflicts_alone(user: Us
 def test_prompts_are_formatted_as_they_were_in_the_fit() -> None:
     """The beginning of a reply is the task's; of a prompt of their own users give it, or are asked for it."""
     plain, chat, begun = ms.Prompting(), ms.Prompting(True, "Be brief."), ms.Prompting(True, reply="It is")
-    assert _agreed(chat, None) is chat
-    assert _agreed(chat, ms.Prompting(True)).system == "Be brief."
-    assert _agreed(begun, ms.Prompting(True, reply="So")).reply == "So"
+    assert agreed(chat, None) is chat
+    assert agreed(chat, ms.Prompting(True)).system == "Be brief."
+    assert agreed(begun, ms.Prompting(True, reply="So")).reply == "So"
     for stored, asked, message in (
         (plain, chat, "chat: True; allowed is False"),
         (chat, ms.Prompting(True, "Be long."), "system: 'Be long.'; this was fitted with 'Be brief.'"),
         (begun, ms.Prompting(True), "reply: this was fitted where the beginning of the reply was given"),
     ):
         with pytest.raises(InputError, match=f"^{message}"):
-            _agreed(stored, asked)
+            agreed(stored, asked)
 
 
 def test_what_a_fit_cannot_take_is_one_line(user: User, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import string
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -49,6 +49,7 @@ from mnemoscope.models import (
     quick_precision,
     with_last_logits,
 )
+from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Example
 
 if TYPE_CHECKING:
@@ -120,26 +121,52 @@ class Texts:
     repeated_N: np.ndarray
 
 
-@torch.no_grad()
+def answered(one: Intervention, prompts: Prompts, tokens: int = 20) -> list[str]:
+    """Generate greedily behind prompts under an intervention: texts, without special tokens.
+
+    Raises InputError where two passes are joined and a prompt has no bare question.
+    """
+    lacking = [n for n, bare in enumerate(prompts.bares, 1) if one.contrast and bare is None]
+    if lacking:
+        raise InputError(
+            f"bare: prompt {lacking[0]} quotes no text that can be told from its question, with which {one.method} "
+            "contrasts it; give the questions without their texts (bare), or use another lever"
+        )
+    decode = prompts.asking.tokenizer.batch_decode
+    return [
+        text
+        for ids_NT, _, width, _ in _generated(one, prompts, tokens)
+        for text in decode(ids_NT[:, width:], skip_special_tokens=True)
+    ]
+
+
 def texts_of(one: Intervention, prompts: Prompts, tokens: int) -> Texts:
-    """Generate greedily behind prompts under an intervention."""
-    asking = prompts.asking
-    tokenizer, texts, nats, repeated, seconds = asking.tokenizer, list[str](), list[float](), list[float](), 0.0
-    examples = worded(one, prompts)
+    """Generate greedily behind prompts under an intervention, and measure what came out."""
+    model, tokenizer = prompts.asking.model, prompts.asking.tokenizer
+    texts, nats, repeated, seconds = list[str](), list[float](), list[float](), 0.0
+    for ids_NT, mask_NT, width, took in _generated(one, prompts, tokens):
+        seconds += took
+        nats += cost_of(model, ids_NT, mask_NT, width).tolist()
+        texts += tokenizer.batch_decode(ids_NT[:, width:], skip_special_tokens=True)
+        for ids, mask in zip(ids_NT[:, width:].tolist(), mask_NT[:, width:].tolist(), strict=True):
+            repeated.append(_repeated(ids[: sum(mask)]))
+    return Texts(texts, seconds / max(1, len(prompts)), np.array(nats), np.array(repeated))
+
+
+@torch.no_grad()
+def _generated(one: Intervention, prompts: Prompts, tokens: int) -> Iterator[tuple[Tensor, Tensor, int, float]]:
+    """By batch, ids and mask (N, T) of prompts and answers, how many columns are the prompts, and seconds."""
+    asking, examples = prompts.asking, worded(one, prompts)
+    contrast = prompts.contrast(one.contrast) if one.contrast else []
     for start in range(0, len(examples), asking.batch_size):
         chosen = slice(start, start + asking.batch_size)
         inputs = asking.padded([asking.text(e.prompt) for e in examples[chosen]])
         began = time.perf_counter()
-        others = [asking.text(other.prompt) for other in prompts.contrast(one.contrast)[chosen]] if one.contrast else []
+        others = [asking.text(other.prompt) for other in contrast[chosen]]
         joined = [_Joined(one, asking.model, asking.padded(others))] if others else []
         with one.apply(asking.model):
-            ids_NT, mask_NT, width = continued(asking.model, tokenizer, inputs, tokens, processors=joined)
-        seconds += time.perf_counter() - began
-        nats += cost_of(asking.model, ids_NT, mask_NT, width).tolist()
-        texts += tokenizer.batch_decode(ids_NT[:, width:], skip_special_tokens=True)
-        for ids, mask in zip(ids_NT[:, width:].tolist(), mask_NT[:, width:].tolist(), strict=True):
-            repeated.append(_repeated(ids[: sum(mask)]))
-    return Texts(texts, seconds / max(1, len(examples)), np.array(nats), np.array(repeated))
+            found = continued(asking.model, asking.tokenizer, inputs, tokens, processors=joined)
+        yield *found, time.perf_counter() - began
 
 
 class _Joined:

@@ -30,7 +30,7 @@ from mnemoscope.statistics import Estimate, proportion
 COST = 0.5  # points of worth per point of a control, up to its limit
 # Methods in the order in which a near tie is decided. In seeds of `paper`, `smollm2` and `gemma` whose test figures are
 # published, NMD or a gradient was taken beside a learned shift and did a third to two thirds of it (docs/LOG.md).
-SAFER = ("low-rank", "learned", "gradient", "whitened", "logistic", "standardized-nmd", "nmd", "pca")
+SAFER = ("low-rank", "lora", "cad", "learned", "gradient", "whitened", "logistic", "standardized-nmd", "nmd", "pca")
 FINALISTS = 3  # settings that are rated again at most
 AGAIN = 1_000_003  # added to a seed for the second rating
 STANDING_IN = ("random_sign", "gaussian")  # for all four random controls, which steer about as many

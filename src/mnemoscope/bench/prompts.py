@@ -14,6 +14,12 @@ from mnemoscope.interventions.sources import with_prefixes
 from mnemoscope.tasks import Example
 
 
+def bare_of(example: Example) -> Example | None:
+    """An example's question without the text that its prompt quotes; None where it quotes none that can be seen."""
+    quoted = Quoted.guess(example.prompt)
+    return replace(example, prompt=quoted.behind) if quoted.text and quoted.behind.strip() else None
+
+
 class Prompts:
     """A list of examples, prepared once for all interventions, with cached prefixes where they fit into memory.
 
@@ -23,6 +29,14 @@ class Prompts:
     def __init__(self, asking: Asking, examples: Sequence[Example], bares: Sequence[Example | None]) -> None:
         self.asking, self.examples, self.bares = asking, list(examples), list(bares)
         self._contrasted: dict[Contrast, list[Batch]] = {}
+
+    @classmethod
+    def free(cls, asking: Asking, prompts: Sequence[str], bares: Sequence[str] | None = None) -> Prompts:
+        """Prompts to be answered freely; without their bare questions these are what ``bare_of`` finds."""
+        examples = [Example("asked", prompt, "novel", "asked", answer=" ") for prompt in prompts]
+        if bares is None:
+            return cls(asking, examples, [bare_of(example) for example in examples])
+        return cls(asking, examples, [replace(e, prompt=bare) for e, bare in zip(examples, bares, strict=True)])
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -14,6 +14,8 @@ from mnemoscope.cli.shared import app, open_model, say, weights_note
 
 GATE = "Steer only where the other behaviour is at least so probable (0 to 1), memory and prompt seem to disagree, and "
 GATE += "the prompt is like those that the detector was fitted on."
+LEVER = "words, decoding (two passes), adapter, shift or low-rank; default: what did best on tune."
+BARE = "The question of a prompt without its text, one for each prompt; default: from its last question mark's line on."
 READ = ("p_memorized", "p_conflict", "unlike", "distance", "readable_from", "p_memorized_by_layer")
 
 
@@ -25,6 +27,8 @@ def steer(
     toward: Annotated[str, typer.Option(help="generalized or memorized; of documents: context or memory.")],
     alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector; 0 leaves the model as it is.")] = 1.0,
     gate: Annotated[float | None, typer.Option(help=GATE)] = None,
+    lever: Annotated[str | None, typer.Option(help=LEVER)] = None,
+    bare: Annotated[list[str] | None, typer.Option(help=BARE)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind each prompt, at most.")] = 20,
     go_on: Annotated[bool, typer.Option("--go-on", help="Show what follows an answer too.")] = False,
     chat: given.AsChat = False,
@@ -35,16 +39,18 @@ def steer(
     force: given.Force = False,
     as_json: given.AsJson = False,
 ) -> None:
-    """Generate with and without a steering vector."""
+    """Generate unsteered, and by the best lever of a direction."""
     fitted = _fitted(source, force, ms.Prompting(chat, reply=reply), model, dtype, layout, device_map)
-    vector = fitted.vector(toward)
-    if vector.begin_alike:
-        alike = f"note: {vector.begin_alike:.0%} of the prompts of the vector's fit have two answers that begin alike"
-        typer.echo(f"{alike}; it was judged behind that beginning, so put it at the end of such a prompt", err=True)
-    rows = fitted.answers(prompts, toward, alpha, gate, max_new_tokens, go_on)
+    fitted = fitted.use(toward, lever) if lever else fitted
+    used = fitted.lever(toward)
+    if alike := getattr(used, "begin_alike", 0.0):
+        told = f"note: {alike:.0%} of the prompts of the vector's fit have two answers that begin alike"
+        typer.echo(f"{told}; it was judged behind that beginning, so put it at the end of such a prompt", err=True)
+    how: dict[str, Any] = {"alpha": alpha, "max_new_tokens": max_new_tokens, "bare": bare, "go_on": go_on}
+    rows = fitted.answers(prompts, toward, gate, **how)
     lines, acted = list[str](), [str(number) for number, row in enumerate(rows, 1) if row["acted"]]
     for row in rows:
-        named = toward if row["acted"] else f"{toward} (the gate did not act)"
+        named = f"{toward} ({used.lever if row['acted'] else 'the gate did not act'})"
         width = 1 + max(map(len, ("unsteered", named)))
         lines += [f"> {line}" for line in row["prompt"].split("\n")]
         lines += [f"  {'unsteered:':<{width}} {row['plain'].strip()}"]
@@ -53,7 +59,8 @@ def steer(
         which = f": {', '.join(acted)}" if acted and len(rows) > 1 else ""
         lines.append(f"the gate acted on {len(acted)} of {len(rows)} prompts{which}")
     facts: dict[str, Any] = {"model": model, "weights": weights_note(model), "toward": toward}
-    facts["vector"] = {"method": vector.method, "site": vector.site, "layers": vector.layers, "alpha": alpha}
+    facts["lever"] = {"name": used.lever, "method": used.method, "alpha": alpha, "passes": used.passes}
+    facts["lever"] |= {name: getattr(used, name) for name in ("site", "layers") if hasattr(used, name)}
     facts["gate"] = None if gate is None else {"asked": len(rows), "acted": len(acted)}
     say(as_json, "\n".join(lines), **facts, answers=rows)
 
@@ -99,7 +106,7 @@ def export(
     as_json: given.AsJson = False,
 ) -> None:
     """Write a vector for other programs; one with positions "all" only. Nothing that exists is overwritten."""
-    from mnemoscope.face.fitted import known_behaviour, vector_file
+    from mnemoscope.face.stored import known_behaviour, vector_file
     from mnemoscope.models import core_of
     from mnemoscope.serving.export import check_portable
 

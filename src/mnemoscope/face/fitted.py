@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import PLAIN, Asking, Prompting, check_known, complete, phrase_of, states_at_the_end
-from mnemoscope.interventions import OPPOSITE, Binding, SteeringVector, Toward, best_paths, readable
+from mnemoscope.behaviour import PLAIN, Asking, Prompting, check_known, phrase_of, states_at_the_end
+from mnemoscope.face.stored import agreed, artefacts_of, known_behaviour, vectors_of
+from mnemoscope.interventions import Artefact, Binding, Intervention, SteeringVector, Toward
 from mnemoscope.interventions.detect import Detector, Reading
-from mnemoscope.runs.digests import check_closed, intact, is_there
+from mnemoscope.runs.digests import intact
 from mnemoscope.runs.errors import InputError
-from mnemoscope.runs.schemas import CellFacts, WhyFacts
-from mnemoscope.runs.strict import read_json, read_text
+from mnemoscope.runs.schemas import WhyFacts
+from mnemoscope.runs.strict import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from mnemoscope.report import Summary
 
 _TOLD: set[str] = set()  # warnings that were given
-ALSO: dict[str, Toward] = {"context": "generalized", "memory": "memorized"}  # what a user of documents calls them
 BATCH = 32  # prompts in a pass
 
 
@@ -44,7 +44,7 @@ def fit(
     options: Mapping[str, Any] | None = None,
     **choices: Any,
 ) -> Fitted:
-    """Find pairs, fit vectors in both directions and a detector, and judge them on held-out groups.
+    """Find pairs, fit every lever in both directions and a detector, and judge them on held-out groups.
 
     Args:
         model: an open causal language model, plain or with adapters, which stays unchanged, or a name or path for
@@ -54,7 +54,7 @@ def fit(
         out: the run folder; an interrupted fit continues there.
         prompting: the format of prompts.
         options: of a task that is given by name.
-        choices: ``settings``, ``positions``, ``aim``, ``lost``, ``neither``, ``threads``, ``progress`` and,
+        choices: ``levers``, ``settings``, ``positions``, ``aim``, ``lost``, ``neither``, ``threads``, ``progress`` and,
             for a name, ``dtype``, ``device_map`` and ``layout``; see ``mnemoscope.face.fitting.fit_run``.
 
     Raises:
@@ -76,22 +76,25 @@ def fit(
 
 @dataclass(frozen=True)
 class Fitted:
-    """Vectors and detectors together with the model they were fitted on.
+    """Levers and detectors together with the model they were fitted on.
 
     Attributes:
         source: the run folder, cell folder or file that they were opened from.
-        vectors: by the behaviour they steer to; the best ones by the tune split.
+        levers: by the behaviour they bring about and by name (words, decoding, adapter, shift, low-rank); the best one
+            by the tune split comes first.
         detector: None where none could be fitted; ``lower_detector`` reads at or below the first shifted layer.
         prompting: the format of prompts.
+        preferred: levers that ``use`` has named.
     """
 
     source: Path
     model: PreTrainedModel = field(repr=False)
     tokenizer: PreTrainedTokenizerFast = field(repr=False)
-    vectors: Mapping[Toward, SteeringVector]
+    levers: Mapping[Toward, Mapping[str, Intervention]]
     detector: Detector | None
     lower_detector: Detector | None
     prompting: Prompting = PLAIN
+    preferred: Mapping[Toward, str] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -118,12 +121,85 @@ class Fitted:
         if not source.exists():
             raise InputError(f"from: {source} does not exist")
         found = Binding.of(model, tokenizer)
-        vectors, detector, lower = artefacts_of(source, found)
-        artefacts = [artefact for artefact in (*vectors.values(), detector, lower) if artefact]
+        levers, detector, lower = artefacts_of(source, found)
+        every = [one for named in levers.values() for one in named.values()]
+        artefacts: list[Artefact] = [artefact for artefact in (*every, detector, lower) if artefact]
         for artefact in artefacts:
             artefact.check(model, tokenizer, force, found)
         stored = artefacts[0].prompting if artefacts else PLAIN
-        return cls(source, model, tokenizer, vectors, detector, lower, _agreed(stored, prompting))
+        return cls(source, model, tokenizer, levers, detector, lower, agreed(stored, prompting))
+
+    @property
+    def vectors(self) -> dict[Toward, SteeringVector]:
+        """By the behaviour they steer to, the best vectors: levers that act on states, inside a pass."""
+        return vectors_of(self.levers)
+
+    def use(self, toward: Toward, lever: str) -> Fitted:
+        """The same with another lever for a direction: ``words``, ``decoding``, ``adapter``, ``shift``, ``low-rank``.
+
+        Raises:
+            InputError: it is no behaviour, or there is no such lever.
+        """
+        behaviour = known_behaviour(toward)
+        there = self.levers.get(behaviour, {})
+        if lever not in there:
+            raise InputError(
+                f"lever: {lever!r} to {toward} is not in {self.source}; it has {', '.join(there) or 'none'}"
+            )
+        return replace(self, preferred={**self.preferred, behaviour: lever})
+
+    def lever(self, toward: Toward) -> Intervention:
+        """What ``generate`` answers with: the best lever of a direction, or the one that ``use`` has named.
+
+        Raises:
+            InputError: it is no behaviour, or there is none.
+        """
+        behaviour = known_behaviour(toward)
+        there = self.levers.get(behaviour, {})
+        if not there:
+            raise InputError(
+                f"toward: {self.source} has no lever to {toward}; it has {', '.join(self.levers) or 'none'}"
+            )
+        return there[self.preferred.get(behaviour) or next(iter(there))]
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        toward: Toward,
+        alpha: float = 1.0,
+        gate: float | None = None,
+        max_new_tokens: int = 20,
+        bare: Sequence[str] | None = None,
+        go_on: bool = False,
+    ) -> list[str]:
+        """Answer greedily by the best lever of a direction, whatever it is; see ``use`` for another one.
+
+        Args:
+            alpha: factor on what has a strength; 0: the model itself.
+            gate: as in ``steer``, from a pass beforehand.
+            max_new_tokens: tokens of an answer, at most.
+            bare: the questions without the texts that prompts quote. Default: from the line of the last question mark
+                on, as in a fit; two passes contrast a prompt with it, and words may go before it.
+            go_on: keep what follows the answer's phrase.
+
+        Raises:
+            InputError: there is no such lever; as ``inputs``; or two passes are joined and a prompt has no text that
+                can be told from its question.
+        """
+        from mnemoscope.bench.answers import NOTHING, answered  # a server, which imports this module, has no pandas
+        from mnemoscope.bench.prompts import Prompts
+
+        one, prompts = self.lever(toward).scaled(alpha), list(prompts)
+        if bare is not None and len(bare) != len(prompts):
+            raise InputError(f"bare: {len(bare)} questions of {len(prompts)} prompts")
+        inputs = self.inputs(prompts) if prompts else None
+        acts = np.ones(len(prompts), bool) if gate is None else self.gate(inputs, gate, toward).bool().numpy()
+        asking = Asking(self.model, self.tokenizer, batch_size=BATCH, prompting=self.prompting)
+        listed, texts = Prompts.free(asking, prompts, bare), [""] * len(prompts)
+        for each, chosen in ((one, np.flatnonzero(acts)), (NOTHING, np.flatnonzero(~acts))):
+            for place, text in zip(chosen, answered(each, listed.of(chosen), max_new_tokens), strict=True):
+                texts[place] = text if go_on else phrase_of(text)
+        return texts
 
     def summary(self) -> Summary:
         """The answers of the run's report, with controls, cost and counts."""
@@ -160,7 +236,9 @@ class Fitted:
     def steer(
         self, toward: Toward, alpha: float | Sequence[float] | Tensor = 1.0, gate: float | None = None
     ) -> AbstractContextManager[None]:
-        """Steer the model inside a context, in any forward pass or ``generate``; see ``SteeringVector.apply``.
+        """Steer by the best vector inside a context, in any forward pass or ``generate``; see ``SteeringVector.apply``.
+
+        Where ``use`` has named an adapter, that acts. Words and decoding act on prompts; ``generate`` answers by these.
 
         Args:
             toward: ``generalized`` or ``memorized``; of documents also ``context`` or ``memory``.
@@ -170,14 +248,17 @@ class Fitted:
                 pass, by the detector at or below the first shifted layer.
 
         Raises:
-            InputError: there is no such vector, no detector, or none that reads below the vector.
+            InputError: there is no such vector, what is used does not act inside a pass, there is no detector, or none
+                that reads below the vector.
         """
-        vector = self.vector(toward)
+        one = self.lever(toward) if known_behaviour(toward) in self.preferred else self.vector(toward)
+        if type(one).apply is Intervention.apply:
+            raise InputError(f"lever: {one.lever} act on prompts, not inside a pass; answer by fitted.generate")
         detector = None if gate is None else self.lower_detector or self._needed(self.detector)
         if detector:
             _warn_if_the_input_does(detector)
         decides = detector.gate(toward, gate) if detector and gate is not None else None
-        return vector.apply(self.model, alpha, gate=decides)
+        return one.apply(self.model, alpha, gate=decides)
 
     def gate(self, inputs: Any, threshold: float = 0.5, toward: Toward = "generalized") -> Tensor:
         """Factors of a gate for each prompt of a batch, 0.0 or 1.0, float32 (N,): ``steer(toward, alpha=factors)``.
@@ -194,38 +275,27 @@ class Fitted:
         return torch.from_numpy(acts_N).float()
 
     def answers(
-        self,
-        prompts: Sequence[str],
-        toward: Toward,
-        alpha: float = 1.0,
-        gate: float | None = None,
-        max_new_tokens: int = 20,
-        go_on: bool = False,
+        self, prompts: Sequence[str], toward: Toward, gate: float | None = None, **how: Any
     ) -> list[dict[str, Any]]:
-        """Answer with and without the vector, greedily: ``prompt``, ``plain``, ``steered``, and ``acted`` (bool).
+        """Answer unsteered and by the best lever: ``prompt``, ``plain``, ``steered``, and ``acted`` (bool) of the gate.
 
-        Both are cut where the answer ends, behind its phrase, unless the text is to ``go_on``.
+        ``how``: see ``generate``.
         """
-        vector, inputs = self.vector(toward), self.inputs(prompts)
-        factors = torch.ones(len(prompts)) if gate is None else self.gate(inputs, gate, toward)
-        plain = complete(self.model, self.tokenizer, inputs, max_new_tokens)
-        with vector.apply(self.model, alpha * factors):
-            steered = complete(self.model, self.tokenizer, inputs, max_new_tokens)
-        plain, steered = ([text if go_on else phrase_of(text) for text in texts] for texts in (plain, steered))
-        rows = zip(prompts, plain, steered, factors.bool().tolist(), strict=True)
+        acted = [True] * len(prompts) if gate is None else self.gate(self.inputs(prompts), gate, toward).bool().tolist()
+        plain = self.generate(prompts, toward, **how | {"alpha": 0.0})
+        rows = zip(prompts, plain, self.generate(prompts, toward, gate=gate, **how), acted, strict=True)
         return [dict(zip(("prompt", "plain", "steered", "acted"), row, strict=True)) for row in rows]
 
     def vector(self, toward: Toward) -> SteeringVector:
-        """The vector that steers to a behaviour.
+        """The best vector that steers to a behaviour.
 
         Raises:
             InputError: it is no behaviour, or there is no such vector.
         """
-        behaviour = known_behaviour(toward)
-        if behaviour not in self.vectors:
-            there = ", ".join(self.vectors) or "none"
-            raise InputError(f"toward: {self.source} has no vector to {toward}; it has {there}")
-        return self.vectors[behaviour]
+        behaviour, vectors = known_behaviour(toward), self.vectors
+        if behaviour not in vectors:
+            raise InputError(f"toward: {self.source} has no vector to {toward}; it has {', '.join(vectors) or 'none'}")
+        return vectors[behaviour]
 
     def _needed(self, detector: Detector | None) -> Detector:
         if detector is None:
@@ -234,22 +304,6 @@ class Fitted:
             why = reasons[0] if reasons else "set detection.fitted: true, or open the run instead of one vector"
             raise InputError(f"detector: {self.source} has none ({why})")
         return detector
-
-
-def vector_file(source: Path, toward: str | None) -> Path:
-    """The file of the best vector of a run with one cell, or of a cell, that steers to a behaviour.
-
-    Raises:
-        InputError: it has no vectors, several cells, or no such vector; or ``toward`` is no behaviour.
-    """
-    check_closed(source)
-    cells = _cells(source)
-    if len(cells) > 1:
-        raise InputError(f"FILE: {source} has several cells; name one of {', '.join(map(str, cells))}")
-    found = best_paths(cells[0]).get(f"to_{known_behaviour(toward)}")
-    if found is None:
-        raise InputError(f"toward: {source} has no vector to {toward}")
-    return found
 
 
 def _warn_if_the_input_does(detector: Detector) -> None:
@@ -261,68 +315,3 @@ def _warn_if_the_input_does(detector: Detector) -> None:
     if told not in _TOLD:
         _TOLD.add(told)
         logging.getLogger("mnemoscope").warning("detector: %s; it may read no more than the wording", told)
-
-
-def known_behaviour(toward: Any) -> Toward:
-    behaviour = ALSO.get(toward, toward)
-    if behaviour not in OPPOSITE:
-        raise InputError(f"toward: {toward!r} is not one of {', '.join(OPPOSITE)}; of documents: {', '.join(ALSO)}")
-    return behaviour
-
-
-def artefacts_of(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVector], Detector | None, Detector | None]:
-    """The best vectors and the detectors of a file, a cell or a run."""
-    if source.is_file():
-        described = source.with_suffix(".json")
-        if described.is_file() and '"toward"' in read_text(described):
-            vector = SteeringVector.load(source)
-            return {vector.toward: vector}, None, None
-        return {}, Detector.load(source), None
-    check_closed(source)
-    cell = cell_of(source, found)
-    vectors = [SteeringVector.load(path) for path in best_paths(cell).values()]
-    paths = [cell / f"{name}.safetensors" for name in ("detector", "detector_below")]
-    detector, lower = (Detector.load(intact(path)) if is_there(path) else None for path in paths)
-    return {vector.toward: vector for vector in vectors}, detector, lower
-
-
-def cell_of(source: Path, found: Binding) -> Path:
-    """The only cell of a run (or the cell itself), or the one whose vectors were fitted on this model."""
-    cells = _cells(source)
-    if len(cells) == 1:
-        return cells[0]
-    bound = ((cell, read_json(intact(cell / "cell.json"), CellFacts).get("binding")) for cell in cells)
-    with readable("binding", source):
-        fitting = [cell for cell, facts in bound if facts and Binding(**facts).has_weights_of(found)]
-    if len(fitting) > 1:
-        names = ", ".join(map(str, fitting))
-        raise InputError(f"from: several cells of the run were fitted on this model; name one of {names}")
-    if not fitting:
-        raise InputError(f"weights: no cell of {source} was fitted on this model, which has {found.weights}")
-    return fitting[0]
-
-
-def _cells(source: Path) -> list[Path]:
-    """The cells of a run that have chosen vectors, or the cell itself; InputError without any."""
-    places = ("records/chosen.json", "cells/*/records/chosen.json")
-    cells = [path.parent.parent for place in places for path in sorted(source.glob(place))]
-    if not cells:
-        raise InputError(
-            f"from: {source} is neither a vector, a detector, nor a run that has chosen vectors; one that was "
-            "stopped goes on with the command that began it"
-        )
-    return cells
-
-
-def _agreed(stored: Prompting, asked: Prompting | None) -> Prompting:
-    """The format of prompts, which must be that of the fit."""
-    if asked is None:
-        return stored
-    if asked.chat != stored.chat:
-        how = "by the chat template" if stored.chat else "as they are"
-        raise InputError(f"chat: {asked.chat}; allowed is {stored.chat}: it was fitted on prompts formatted {how}")
-    if asked.system is not None and asked.system != stored.system:
-        raise InputError(f"system: {asked.system!r}; this was fitted with {stored.system!r}")
-    if stored.begun and not asked.begun:
-        raise InputError("reply: this was fitted where the beginning of the reply was given; give it (reply, --reply)")
-    return Prompting(stored.chat, stored.system, asked.reply, asked.split)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -14,8 +15,14 @@ from mnemoscope.tasks import Task, allow_code, examples_digest
 
 # Tried in each layer; standardized NMD, as huge activations of a few neurons would dominate the plain one.
 METHODS = ("standardized-nmd", "gradient")
-# What is learned beside them, by position: a low-rank shift depends on the state, so it cannot be exported.
-LEARNED = {"decision": "low-rank", "all": "learned"}
+# What a fit tries by the name that users know, by positions of vectors, of which one kind at least is tried: a low-rank
+# shift depends on the state, so it cannot be exported; with "all" a constant one is learned in its place.
+VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
+    "decision": {"shift": METHODS, "low-rank": ("low-rank",)},
+    "all": {"shift": (*METHODS, "learned")},
+}
+OTHERS = {"words": ("prompt",), "decoding": ("cad",), "adapter": ("lora",)}
+LEVERS = ("words", "decoding", "shift", "low-rank", "adapter")
 # In units of each neuron's spread: from shifts that do nothing to those that break a model, whichever it is.
 TRIED: dict[str, dict[str, list[Any]]] = {"block": {"tops": [0.5], "strengths": [0.1, 0.2, 0.4, 0.8]}}
 ONE_LAYER = len(METHODS) * sum(math.prod(map(len, grid.values())) for grid in TRIED.values())
@@ -52,6 +59,7 @@ class Choices:
     Attributes:
         settings: tried at most in either direction, in evenly spread layers.
         threads: of torch, in each process.
+        levers: what is tried: names of ``LEVERS``, a kind of vector at least.
         positions: ``decision``, or ``all`` tokens, for vectors to export.
         aim: what vectors are chosen for: ``conflict`` as drawn, which is what a user meets, or ``pairs``.
         lost: share of other answers, and ``neither``: share of steered prompts answered neither way, beyond which a
@@ -62,6 +70,7 @@ class Choices:
 
     settings: int = SETTINGS
     threads: int = 1
+    levers: Sequence[str] = LEVERS
     positions: str = "decision"
     aim: str = "conflict"
     lost: float = 0.08
@@ -74,9 +83,21 @@ class Choices:
             allowed = get_args(SteeringConfig.model_fields[field].annotation)
             if getattr(self, field) not in allowed:
                 raise InputError(f"{field}: {getattr(self, field)!r}; allowed are {' and '.join(allowed)}")
+        for lever in self.levers:
+            if lever not in LEVERS:
+                raise InputError(f"levers: {lever!r} is not one of {', '.join(LEVERS)}")
+        if not set(self.levers) & set(VECTORS[self.positions]):
+            told, wanted = ", ".join(self.levers) or "none", " or ".join(VECTORS[self.positions])
+            raise InputError(f"levers: {told}; {wanted} must be among them, as the report is about vectors")
         for field in ("lost", "neither"):
             if not 0 <= getattr(self, field) <= 1:
                 raise InputError(f"{field}: {getattr(self, field)!r}; allowed is a share from 0 to 1")
+
+    @property
+    def methods(self) -> list[str]:
+        """Those of the levers."""
+        levers = (VECTORS[self.positions] | OTHERS).items()
+        return [method for lever, methods in levers if lever in self.levers for method in methods]
 
 
 def fitting_study(
@@ -102,7 +123,7 @@ def fitting_study(
         raise InputError(f"task: the file {name} does not exist")
     layers = {"layers": [f"spread-{choices.settings // ONE_LAYER}"]}
     steering = STEERING | {
-        "methods": [*METHODS, LEARNED[choices.positions]],
+        "methods": choices.methods,
         "grids": {site: layers | grid for site, grid in TRIED.items()},
         "aim": choices.aim,
         "positions": choices.positions,

@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING
 from mnemoscope.runs.lazily import handed_on
 
 if TYPE_CHECKING:
-    from mnemoscope.interventions.artefact import Artefact, Binding, Card, best_paths, read_artefact, readable
+    from mnemoscope.interventions.artefact import (
+        Artefact,
+        Binding,
+        Card,
+        best_paths,
+        chosen_paths,
+        read_artefact,
+        readable,
+    )
     from mnemoscope.interventions.contract import OPPOSITE, Contrast, Intervention, Toward, load_intervention
     from mnemoscope.interventions.edits import Edit, Held, LowRank, Scale, Shift
     from mnemoscope.interventions.hooks import Gate, Positions, edited

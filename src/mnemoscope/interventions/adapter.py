@@ -1,4 +1,4 @@
-"""Adapters (LoRA) that a context puts beside a model's weights and takes out again.
+"""Adapters (LoRA) that a context puts beside a model's weights and takes out again; in files, folders as peft has them.
 
 They are judged as they were trained, beside the weights: merged into those of bfloat16, much of a small change is lost.
 
@@ -9,9 +9,11 @@ Shapes: N prompts, I inputs and O outputs of a module, K rank.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -19,17 +21,20 @@ from torch.nn.functional import linear
 
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import LoraConfig
+from mnemoscope.interventions.artefact import tensors_file
 from mnemoscope.interventions.contract import Bench, Intervention, Toward
 from mnemoscope.interventions.hooks import Gate, adding, factors_of
 from mnemoscope.interventions.learning import Asked, Lesson, descend, log_p, wanted_batches
 from mnemoscope.models import adapt, check_peft, core_of, in_precision, is_adapted, prompts_of_rows, quick_precision
 from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.files import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RANK, RATE = 8, 1e-3
 STRENGTHS = (0.25, 0.5, 1.0)  # of an adapter once it is trained
+PEFT = "base_model.model."  # before the name of a module, in peft's files
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -81,16 +86,35 @@ class Adapter(Intervention):
         return replace(self, strength=self.strength * alpha)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Two tensors a module."""
-        both = ((name, part) for name, part in self.parts.items())
-        return {f"{name}.{side}": tensor for name, part in both for side, tensor in zip("AB", part, strict=True)}
+        """Two tensors a module, named as in peft, with the strength in them."""
+        return {
+            f"{PEFT}{name}.lora_{side}.weight": tensor
+            for name, (down_KI, up_OK) in self.parts.items()
+            for side, tensor in (("A", down_KI), ("B", self.strength * up_OK))
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """How it was fitted; its tensors hold the strength."""
+        return super().facts() | {"strength": 1.0}
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write a folder that peft opens: tensors, our JSON, and peft's configuration."""
+        path = Path(path)
+        folder = path.with_suffix("") if path.suffix == ".safetensors" else path
+        folder.mkdir(parents=True, exist_ok=True)
+        rank = max((len(down_KI) for down_KI, _ in self.parts.values()), default=RANK)
+        described = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
+        described |= {"r": rank, "lora_alpha": rank, "target_modules": sorted(self.parts)}
+        content = (json.dumps(described, indent=1) + "\n").encode()
+        return [*super().save(tensors_file(folder)), write_atomically(folder / "adapter_config.json", content)]
 
     @classmethod
     def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
         """Build one from stored tensors; KeyError where one of two is missing."""
         cls.check_kind(facts)
-        names = sorted(name.removesuffix(".A") for name in tensors if name.endswith(".A"))
-        return cls(parts={name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}, **facts)
+        names = sorted(name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight"))
+        both = {name: (tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]) for name in names}
+        return cls(parts={name.removeprefix(PEFT): pair for name, pair in both.items()}, **facts)
 
 
 def adapters(

@@ -189,7 +189,7 @@ class Artefact:
         """
         from safetensors.torch import load
 
-        facts, content = read_artefact(cls.WHAT, path := Path(path), cls.FACTS, force)
+        facts, content = read_artefact(cls.WHAT, path := tensors_file(Path(path)), cls.FACTS, force)
         with readable(cls.WHAT, path):
             for name, kind in (("binding", Binding), ("card", Card)):
                 facts[name] = kind(**facts[name]) if facts[name] else None
@@ -236,18 +236,32 @@ def read_artefact(
     return facts, content
 
 
-def best_paths(cell: Path) -> dict[str, Path]:
-    """By direction, the file of a cell's best vector for the aim of its study."""
-    path = cell / "records" / "chosen.json"
-    chosen: Any = read_chosen(intact(path))
-    aim = chosen.get("aim", "pairs")  # runs of version 0.1 have no other
+def tensors_file(path: Path) -> Path:
+    """Where the tensors of an artefact are: an adapter is a folder, which may be named as its file would be."""
+    folder = path.with_suffix("") if path.suffix == ".safetensors" else path
+    return folder / "adapter_model.safetensors" if folder.is_dir() else path
+
+
+def chosen_paths(cell: Path) -> dict[tuple[str, str], Path]:
+    """By direction and method, the tensors of all that was chosen in a cell, for the aim of its study."""
+    chosen: Any = read_chosen(intact(cell / "records" / "chosen.json"))
+    aim, folder = chosen.get("aim", "pairs"), cell / "vectors"  # runs of version 0.1 have no aim
     found = {}
-    for direction, method in chosen[aim]["best"].items():
-        # Runs of version 0.2 have a vector for either aim.
-        names = (f"{direction}-{method}-{aim}.safetensors", f"{direction}-{method}.safetensors")
-        there = [name for name in names if is_there(inside(cell / "vectors", name))]
-        found[direction] = intact(inside(cell / "vectors", (there or names[1:])[0]))
+    for method, directions in chosen[aim]["methods"].items():
+        for direction in directions:
+            # Runs of version 0.2 have a vector for either aim.
+            names = (f"{direction}-{method}-{aim}.safetensors", f"{direction}-{method}.safetensors")
+            there = [name for name in names if is_there(inside(folder, name))]
+            found[direction, method] = tensors_file(inside(folder, (there or names[1:])[0]))
     return found
+
+
+def best_paths(cell: Path, levers: bool = False) -> dict[str, Path]:
+    """By direction, the file of a cell's best vector for the aim of its study; ``levers``: of all that was tried."""
+    chosen: Any = read_chosen(intact(cell / "records" / "chosen.json"))
+    best = chosen[chosen.get("aim", "pairs")]["best"] | (chosen.get("levers", {}) if levers else {})
+    paths = chosen_paths(cell)
+    return {direction: intact(paths[direction, method]) for direction, method in best.items()}
 
 
 def _stored_prompting(facts: Mapping[str, Any]) -> Prompting:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
 from torch import Tensor
 
-from mnemoscope.interventions.artefact import Artefact, read_artefact
+from mnemoscope.interventions.artefact import Artefact, read_artefact, tensors_file
 from mnemoscope.interventions.registry import method_module
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.schemas import InterventionFacts
@@ -68,6 +68,11 @@ class Intervention(Artefact):
     def __repr__(self) -> str:
         chosen = ", ".join(f"{name} {value}" for name, value in self.setting.items())
         return f"{type(self).__name__}(to {self.toward}: {self.method}{', ' if chosen else ''}{chosen})"
+
+    @property
+    def lever(self) -> str:
+        """What a user calls it: words, decoding, adapter, shift, low-rank."""
+        return self.KIND
 
     @property
     def everywhere(self) -> bool:
@@ -123,7 +128,7 @@ def load_intervention(
     force: bool = False,
 ) -> Intervention:
     """Load an intervention of any kind that was imported; see ``Artefact.load`` for errors."""
-    facts, _ = read_artefact("intervention", path, InterventionFacts, force)
+    facts, _ = read_artefact("intervention", path := tensors_file(path), InterventionFacts, force)
     kind = facts.get("kind", "vector")
     with suppress(InputError):  # a vector of somebody's own
         method_module(facts["method"])

@@ -47,7 +47,9 @@ class Decoding(Intervention):
 def candidates(bench: Bench, method: str, toward: Toward) -> list[Intervention]:
     """A method's rule with each of its ``SETTINGS`` and either contrast; InputError without a bare question."""
     check_bares(bench, method)
-    both = product(method_module(method).SETTINGS, CONTRASTS)
+    conflicts = bench.tune_conflicts
+    contrasts = CONTRASTS[: 1 + (conflicts.contrast("bare") != conflicts.contrast("cut"))]
+    both = product(method_module(method).SETTINGS, contrasts)
     return [
         Decoding(toward=toward, method=method, setting={**setting, "contrast": contrast}, contrast=contrast)
         for setting, contrast in both

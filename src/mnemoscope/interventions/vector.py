@@ -73,6 +73,11 @@ class SteeringVector(Intervention):
         object.__setattr__(self, "edits", found)
 
     @property
+    def lever(self) -> str:
+        """A shift, or the kind of edit that acts by the state."""
+        return next((one.KIND for edits in self.edits.values() for one in edits if not isinstance(one, Shift)), "shift")
+
+    @property
     def layers(self) -> list[int]:
         """The layers that are edited, ascending."""
         return list(self.edits)

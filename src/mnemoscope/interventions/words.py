@@ -39,6 +39,17 @@ class Quoted:
         whole = cls._whole(text)
         return cls(before, text[:whole], text[whole:] + behind)
 
+    @classmethod
+    def guess(cls, prompt: str) -> Quoted:
+        """The parts of a prompt whose bare question is not known, which begins on the line of the last question mark.
+
+        Without a mark it is the last line; on one line the sentence, or what leads to the answer. No text: all behind.
+        """
+        mark = prompt.rfind("?") + 1 or len(prompt.rstrip())
+        place = prompt.rfind("\n", 0, mark) + 1
+        place = place or max((end.end() for end in SENTENCE_END.finditer(prompt, 0, mark)), default=0)
+        return cls("", prompt[:place], prompt[place:])
+
     @staticmethod
     def _whole(text: str) -> int:
         """Where a text ends: with its last whole line, else its last sentence; what follows leads to the answer."""

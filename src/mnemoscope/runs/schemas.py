@@ -55,6 +55,8 @@ class SettingFacts(TypedDict):  # a setting that was chosen
     strength: float
     positions: Where
     alpha: NotRequired[Number]
+    lever: NotRequired[str]
+    passes: NotRequired[int]
     within_limits: NotRequired[bool]
     begin_alike: NotRequired[Number]
 
@@ -70,6 +72,8 @@ class ChosenFacts(TypedDict):  # `records/chosen.json`
     pairs: ChosenOf
     conflict: ChosenOf
     aim: NotRequired[Literal["pairs", "conflict"]]  # runs of version 0.1 have none: pairs
+    levers: NotRequired[dict[Direction, str]]  # the best methods of any kind; none: the best ones of ``aim``
+    left_out: NotRequired[dict[str, str]]  # methods that cannot be had here, and why
 
 
 class ProbeOfLayer(TypedDict):  # the probe of a layer
@@ -188,7 +192,7 @@ def read_chosen(path: Path) -> ChosenFacts:
     """Read `chosen.json`; InputError where a field is wrong, or the best method is not among the others."""
     found = read_json(path, ChosenFacts)
     for aim, of_aim in (("pairs", found["pairs"]), ("conflict", found["conflict"])):
-        for direction, method in of_aim["best"].items():
+        for direction, method in (*of_aim["best"].items(), *found.get("levers", {}).items()):
             if method not in of_aim["methods"]:
                 raise InputError(f"{path}: {aim}.best.{direction} is {method!r}, which is not among its methods")
         for method in of_aim["methods"]:

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mnemoscope.face.fitted import artefacts_of, known_behaviour
+from mnemoscope.face.stored import artefacts_of, known_behaviour, vectors_of
 from mnemoscope.interventions import Binding, SteeringVector, Toward
 from mnemoscope.interventions.detect import Detector
 from mnemoscope.runs.errors import InputError
@@ -79,7 +79,8 @@ class Offered:
         source = Path(source)
         if not source.exists():
             raise InputError(f"{ENVIRONMENT}: {source} does not exist")
-        offered = cls.of(*artefacts_of(source, binding))
+        levers, *detectors = artefacts_of(source, binding)
+        offered = cls.of(vectors_of(levers), *detectors)
         for artefact in offered.artefacts.values():
             if artefact.binding is None:
                 raise InputError(f"binding: the {artefact.WHAT} of {source} does not say which model it was made on")

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mnemoscope.face.fitted import Fitted, artefacts_of, cell_of
+from mnemoscope.face.fitted import Fitted
+from mnemoscope.face.stored import artefacts_of, cell_of, vectors_of
 from mnemoscope.interventions import Binding, Card, Toward, best_paths
 from mnemoscope.interventions.detect import Reading
 from mnemoscope.runs.digests import intact, is_there, rewriting
@@ -97,8 +98,8 @@ def certify(source: Path, binding: Binding, engine: str, precision: str, proofs:
         if cell:
             stack.enter_context(locked(cell.parents[1], lambda: True))
             stack.enter_context(rewriting(cell, [*paths, *written]))
-        for path, (vectors, detector, _) in found.items():
-            artefact: Any = detector or next(iter(vectors.values()))
+        for path, (levers, detector, _) in found.items():
+            artefact: Any = detector or next(iter(vectors_of(levers).values()))
             card = artefact.card or Card(artefact.task)
             replace(artefact, card=replace(card, proven=card.proven | {engine: shown})).save(path)
     return written

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mnemoscope.interventions import Artefact, Card, Intervention, Toward, load_intervention
+from mnemoscope.interventions import Artefact, Card, Intervention, Toward, chosen_paths, load_intervention
 from mnemoscope.interventions.detect import Detector
 from mnemoscope.runs.schemas import CellFacts
 from mnemoscope.runs.strict import read_json
@@ -36,8 +36,7 @@ def cards_stage(cell: Cell, tell: Tell) -> list[Path]:
     common["versions"] = {"mnemoscope": version()} | {name: metadata.version(name) for name in LIBRARIES}
     paths = {name: cell.records / f"{name}.parquet" for name in ("steering", "neutral", "detection")}
     tables = {name: pd.read_parquet(path) for name, path in paths.items() if path.exists()}
-    paths_of = sorted((cell.folder / "vectors").glob("[!.]*.safetensors"))
-    vectors = {path: load_intervention(path) for path in paths_of}
+    vectors = {path: load_intervention(path) for path in sorted(chosen_paths(cell.folder).values())}
     found: list[tuple[Path, Artefact, dict[str, Any]]] = [
         (path, vector, _of_vector(cell, vector, tables["steering"], tables.get("neutral")))
         for path, vector in vectors.items()

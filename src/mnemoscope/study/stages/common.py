@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mnemoscope.behaviour import PLAIN, Asking, KeptStates, Prompting
-from mnemoscope.interventions import Artefact, Binding, Intervention, best_paths, load_intervention
+from mnemoscope.interventions import Artefact, Binding, Intervention, best_paths, chosen_paths, load_intervention
 from mnemoscope.models import check_peft, layers_of, load_model
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.files import replacing, write_atomically
@@ -140,10 +140,11 @@ def kept_states(cell: Cell, anew: bool = False) -> KeptStates:
     return KeptStates(folder)
 
 
-def save_without_card(cell: Cell, artefact: Artefact, path: Path) -> Path:
-    """Save an artefact, whose JSON the cards stage writes again, so it has to run again; the file of the tensors."""
+def save_without_card(cell: Cell, artefact: Artefact, path: Path) -> list[Path]:
+    """Save an artefact, whose JSON the cards stage writes again, so it has to run again; its other files."""
     (cell.folder / "stages" / "cards.json").unlink(missing_ok=True)
-    return artefact.save(path)[0]
+    tensors, _, *others = artefact.save(path)
+    return [tensors, *others]
 
 
 def artefact_facts(cell: Cell, asking: Asking) -> dict[str, Any]:
@@ -156,13 +157,13 @@ def artefact_facts(cell: Cell, asking: Asking) -> dict[str, Any]:
 
 
 def read_best(cell: Cell) -> list[Intervention]:
-    """The interventions that were best on the tune split for the study's aim, one a direction."""
+    """What was best on the tune split for the study's aim, one a direction; of fits the best vectors."""
     return [load_intervention(path) for path in best_paths(cell.folder).values()]
 
 
 def read_all(cell: Cell) -> list[Intervention]:
     """Those that were chosen of every method, in both directions."""
-    return [load_intervention(path) for path in sorted((cell.folder / "vectors").glob("[!.]*.safetensors"))]
+    return [load_intervention(path) for path in chosen_paths(cell.folder).values()]
 
 
 def write_table(path: Path, table: pd.DataFrame) -> Path:

@@ -52,8 +52,8 @@ def detection_stage(cell: Cell, tell: Tell) -> list[Path]:
     detector, lower = (one and replace(one, **common.artefact_facts(cell, asking)) for one in found)
     assert detector is not None
     # Without their JSON, which the cards stage writes again.
-    files = [common.save_without_card(cell, detector, cell.folder / "detector.safetensors")]
-    files += [common.save_without_card(cell, lower, cell.folder / "detector_below.safetensors")] if lower else []
+    files = common.save_without_card(cell, detector, cell.folder / "detector.safetensors")
+    files += common.save_without_card(cell, lower, cell.folder / "detector_below.safetensors") if lower else []
     files.append(common.write_table(cell.records / "detection.parquet", _readings(asking, parts, detector, lower)))
     tell(3, 4, "where a gate acts")
     gates = pd.concat(_gates(cell, asking, records, detector), ignore_index=True)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from mnemoscope.behaviour import Asking, prepare, score
 from mnemoscope.bench.lists import Bench, Lists, each_once, fit_lists
-from mnemoscope.bench.prompts import Prompts
+from mnemoscope.bench.prompts import Prompts, bare_of
 from mnemoscope.interventions import OPPOSITE, Toward
 from mnemoscope.interventions.sources import (
     SOURCE,
@@ -26,7 +26,7 @@ from mnemoscope.interventions.sources import (
 from mnemoscope.models import Site
 from mnemoscope.study.cells import Cell
 from mnemoscope.study.stages.common import cell_task, kept_states, rng_of
-from mnemoscope.tasks import Example, Split, Task, draw
+from mnemoscope.tasks import SPLITS, Example, Split, Task, draw
 
 LEAST_OF_A_FAMILY = 20  # examples, below which one of them that is lost would decide alone
 
@@ -184,8 +184,17 @@ class RecordedBench(Bench):
         return {name: self.prompts(examples) for name, examples in found.items()}
 
     def prompts(self, examples: Sequence[Example]) -> Prompts:
-        """A list of examples with their bare questions."""
-        return Prompts(self.asking, examples, [self.task.without_context(example) for example in examples])
+        """A list of examples with their bare questions; of a fit those that its user will have, if all can be seen."""
+        bares = [self.task.without_context(example) for example in examples]
+        if self._as_used:
+            bares = [bare_of(example) for example in examples]
+        return Prompts(self.asking, examples, bares)
+
+    @cached_property
+    def _as_used(self) -> bool:
+        """Whether every conflict quotes a text that can be told from its question."""
+        drawn = (e for split in SPLITS for e in self.records.drawn(split, len(self.records.pairs)))
+        return bool(self.cell.config.steering.screened) and all(map(bare_of, drawn))
 
     def _answered_right(self, split: Split, limit: int, kinds: Sequence[str]) -> dict[str, list[Example]]:
         """Memory and novel examples of a split that the model answers right, of the kinds that are needed."""

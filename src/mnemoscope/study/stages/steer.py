@@ -21,7 +21,7 @@ from mnemoscope.interventions.controls import DRAWN, control_draws, has_equal_no
 from mnemoscope.interventions.methods import candidates, is_one_direction, name_of
 from mnemoscope.interventions.sources import TOWARD
 from mnemoscope.models import Site
-from mnemoscope.runs.errors import StudyError
+from mnemoscope.runs.errors import InputError, StudyError
 from mnemoscope.study.cells import Cell, Tell
 from mnemoscope.study.stages import common
 from mnemoscope.study.stages.lists import JudgedList, RecordedBench, judged_lists
@@ -34,17 +34,23 @@ PARTS = 4  # of the stage's progress
 MAPPED = ("nmd",)  # methods whose whole sweep is measured on kept lists too
 FINALISTS = 2  # settings of a method whose controls are drawn, where these are few
 LEFT = 4  # one in so many settings is left after a first look
+FEW = 4  # settings of what is learned alone, which need no such look
 Key = tuple[str, Toward]  # method and direction
 Settings = dict[Key, list[Intervention]]
+Reasons = dict[str, str]  # why methods are left out
 
 
 class Chosen(NamedTuple):
-    """An intervention that is judged; ``best``: no method gains more towards its behaviour."""
+    """An intervention that is judged.
+
+    ``best``: of no method a vector gains more towards its behaviour; ``lever``: nothing of any kind does.
+    """
 
     aim: str
     one: Intervention
     within: bool
     best: bool
+    lever: bool = False
 
 
 class SteeredCell(common.PerProcess):
@@ -85,7 +91,7 @@ class SteeredCell(common.PerProcess):
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Choose settings on the tune split for the study's aim; measure them on the test split."""
     opened, config = SteeredCell(cell), cell.config.steering
-    tried, rows = _tried(opened, tell)
+    tried, rows, left_out = _tried(opened, tell)
     every = [(key, place, one) for key, some in tried.items() for place, one in enumerate(some)]
     rated: dict[Key, list[Rated]] = {key: [] for key in tried}
     for done, ((key, _, one), (found, more)) in enumerate(
@@ -102,43 +108,56 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     return [
         common.write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)),
         common.write_table(cell.records / "sweep.parquet", pd.DataFrame(rows)),
-        *_write_chosen(opened, chosen),
+        *_write_chosen(opened, chosen, left_out),
     ]
 
 
-def _tried(opened: SteeredCell, tell: Tell) -> tuple[Settings, list[Row]]:
+def _tried(opened: SteeredCell, tell: Tell) -> tuple[Settings, list[Row], Reasons]:
     """The settings of every method in both directions; where a few examples are looked at first, those that are left.
 
-    Of methods that are taught a shift of one place, it is learned at the best place of the others alone.
+    Of methods that are taught a shift of one place, it is learned at the best place of the others alone. With such a
+    look, methods that cannot be had here are left out.
     """
-    config, found, rows = opened.cell.config.steering, Settings(), list[Row]()
+    config, found, rows, left_out = opened.cell.config.steering, Settings(), list[Row](), Reasons()
     both = [method for method in config.methods if is_one_direction(method)]
-    parts: list[tuple[Any, ...]] = [(method, list(TOWARD.values()), {}) for method in both]
-    for some in opened.map(_candidates, parts):
-        found |= some
-    tell(0.4, PARTS, "directions")
     places: dict[Toward, Any] = {}
+    for some, why in opened.map(_candidates, [(method, list(TOWARD.values()), {}) for method in both]):
+        found, left_out = found | some, left_out | why
+    tell(0.4, PARTS, "directions")
     if config.screened:
-        every = [(key, one) for key, some in found.items() for one in some]
-        worths = list(opened.map(_screened, [(one,) for _, one in every]))
-        rows += [row for _, row in worths]
-        worth = {key: [w for (k, _), (w, _) in zip(every, worths, strict=True) if k == key] for key in found}
-        for toward in TOWARD.values():
-            here = [
-                (w, one) for key in found if key[1] == toward for w, one in zip(worth[key], found[key], strict=True)
-            ]
-            best = max(here, key=lambda pair: pair[0], default=None)
-            if best and isinstance(best[1], SteeringVector):
-                places[toward] = best[1].site, tuple(best[1].setting["layers"]), best[1].strength
-        found = {key: _left(some, worth[key]) for key, some in found.items()}
+        found, best, rows = _looked_at(opened, found)
+        for toward, one in best.items():
+            assert isinstance(one, SteeringVector)
+            places[toward] = one.site, tuple(one.setting["layers"]), one.strength
     tell(0.6, PARTS, "learning")
     alone = [(m, [toward], places) for m in config.methods if m not in both for toward in TOWARD.values()]
-    for some in opened.map(_candidates, alone):
-        found |= some
+    taught = Settings()
+    for some, why in opened.map(_candidates, alone):
+        taught, left_out = taught | some, left_out | why
+    if config.screened:
+        kept, _, more = _looked_at(opened, {key: some for key, some in taught.items() if len(some) > FEW})
+        taught, rows = taught | kept, rows + more
     order = [name_of(method) for method in config.methods]
+    found = {key: some for key, some in (found | taught).items() if key[0] not in left_out}
     if lacking := [key for key, some in found.items() if not some]:
         raise StudyError(f"{opened.cell.name}: {lacking[0][0]} has no setting to {lacking[0][1]} here")
-    return dict(sorted(found.items(), key=lambda entry: order.index(entry[0][0]))), rows
+    if not any(isinstance(one, SteeringVector) for some in found.values() for one in some):
+        raise StudyError(f"{opened.cell.name}: no vector can be had here ({'; '.join(left_out.values())})")
+    return dict(sorted(found.items(), key=lambda entry: order.index(entry[0][0]))), rows, left_out
+
+
+def _looked_at(opened: SteeredCell, found: Settings) -> tuple[Settings, dict[Toward, Intervention], list[Row]]:
+    """The settings that do best at a first look, the best one of each direction, and rows of the sweep."""
+    every = [(key, one) for key, some in found.items() for one in some]
+    looks = list(opened.map(_screened, [(one,) for _, one in every]))
+    worth: dict[Key, list[float]] = {key: [] for key in found}
+    best: dict[Toward, tuple[float, Intervention]] = {}
+    for (key, one), (share, _) in zip(every, looks, strict=True):
+        worth[key].append(share)
+        if key[1] not in best or share > best[key[1]][0]:
+            best[key[1]] = share, one
+    kept = {key: _left(some, worth[key]) for key, some in found.items()}
+    return kept, {toward: one for toward, (_, one) in best.items()}, [row for _, row in looks]
 
 
 def _left(some: list[Intervention], worth: Sequence[float]) -> list[Intervention]:
@@ -148,10 +167,18 @@ def _left(some: list[Intervention], worth: Sequence[float]) -> list[Intervention
     return [some[place] for place in kept]
 
 
-def _candidates(opened: SteeredCell, method: str, towards: Sequence[Toward], places: Mapping[Toward, Any]) -> Settings:
-    """The settings of a method, fitted."""
+def _candidates(
+    opened: SteeredCell, method: str, towards: Sequence[Toward], places: Mapping[Toward, Any]
+) -> tuple[Settings, Reasons]:
+    """The settings of a method, fitted; or why there are none."""
     opened.bench.places.update(places)
-    return {(name_of(method), toward): list(candidates(method, opened.bench, toward)) for toward in towards}
+    name = name_of(method)
+    try:
+        return {(name, toward): list(candidates(method, opened.bench, toward)) for toward in towards}, {}
+    except InputError as error:
+        if not opened.cell.config.steering.screened:
+            raise
+        return {}, {name: str(error)}
 
 
 def _screened(opened: SteeredCell, one: Intervention) -> tuple[float, Row]:
@@ -177,28 +204,32 @@ def _rated(opened: SteeredCell, one: Intervention, place: int) -> tuple[Rated, l
 
 
 def _chosen(opened: SteeredCell, rated: Mapping[Key, list[Rated]]) -> list[Chosen]:
-    """The best setting of each method in each direction; where controls are few, those of what could win alone."""
+    """The best setting of each method in each direction; where controls are few, those of what could win alone.
+
+    The first of a direction is the best vector.
+    """
     config = opened.cell.config.steering
-    ranks = dict(
-        zip(
-            rated,
-            opened.map(_ranked, [(key[1], some, not config.screened) for key, some in rated.items()]),
-            strict=True,
-        )
-    )
+    parts = [(key[1], some, not config.screened) for key, some in rated.items()]
+    ranks = dict(zip(rated, opened.map(_ranked, parts), strict=True))
     finals: dict[Toward, list[Tuned]] = {}
+    levers: dict[Toward, Tuned] = {}
     for toward in TOWARD.values():
-        firsts = [ranks[key][0] for key in ranks if key[1] == toward]
+        of_methods = [found for key, found in ranks.items() if key[1] == toward]
+        firsts = [found[0] for found in of_methods]
         if config.screened:
-            again = [tuned.rated for key in ranks if key[1] == toward for tuned in ranks[key][:FINALISTS]]
+            again = [t.rated for found in of_methods for t in found[:FINALISTS] if isinstance(t.one, SteeringVector)]
             (found,) = opened.map(_ranked, [(toward, again, True)])
-            by_method = {tuned.one.method: tuned for tuned in reversed([*found, *firsts])}  # the first of each counts
-            best = found[0]
-            finals[toward] = [best, *(one for method, one in by_method.items() if method != best.one.method)]
+            by_method = dict[str, Tuned]()
+            for tuned in [*found, *firsts]:  # the first of each counts
+                by_method.setdefault(tuned.one.method, tuned)
+            finals[toward] = list(by_method.values())
+            others = [tuned for tuned in firsts if not isinstance(tuned.one, SteeringVector)]
+            levers[toward] = in_order([*found, *others])[0]
         else:
             (finals[toward],) = opened.map(_confirmed, [(toward, in_order(firsts))])
+            levers[toward] = finals[toward][0]
     return [
-        Chosen(config.aim, tuned.one, tuned.within, tuned is finals[toward][0])
+        Chosen(config.aim, tuned.one, tuned.within, tuned is finals[toward][0], tuned is levers[toward])
         for toward in TOWARD.values()
         for tuned in finals[toward]
     ]
@@ -312,10 +343,11 @@ def _judge(opened: SteeredCell, one: Chosen, name: str, draws: int) -> list[pd.D
     return tables
 
 
-def _write_chosen(opened: SteeredCell, chosen: Sequence[Chosen]) -> list[Path]:
+def _write_chosen(opened: SteeredCell, chosen: Sequence[Chosen], left_out: Reasons) -> list[Path]:
     """Write the chosen interventions, bound to their model, and ``chosen.json``."""
     cell, asking, bench, files = opened.cell, opened.asking, opened.bench, list[Path]()
     of_aim: dict[str, Any] = {"best": {}, "methods": {}}
+    levers = {f"to_{one.one.toward}": one.one.method for one in chosen if one.lever}
     encoded = encode(asking, [example for pair in bench.pairs for example in pair])
     begin_alike = float(np.mean([one.shared > 0 for one in encoded]))
     fields = common.artefact_facts(cell, asking)
@@ -325,10 +357,11 @@ def _write_chosen(opened: SteeredCell, chosen: Sequence[Chosen]) -> list[Path]:
         bound = replace(made, **(of_vectors if isinstance(made, SteeringVector) else fields))
         # Without its JSON, which the cards stage writes again.
         path = cell.folder / "vectors" / f"{direction}-{made.method}.safetensors"
-        files.append(common.save_without_card(cell, bound, path))
-        facts = {"method": made.method, "within_limits": one.within, "begin_alike": begin_alike}
+        files += common.save_without_card(cell, bound, path)
+        facts = {"method": made.method, "lever": made.lever, "passes": made.passes}
+        facts |= {"within_limits": one.within, "begin_alike": begin_alike}
         of_aim["methods"].setdefault(made.method, {})[direction] = facts | columns_of(made, bench)
         if one.best:
             of_aim["best"][direction] = made.method
-    found = {aim: of_aim for aim in AIMS} | {"aim": cell.config.steering.aim}
+    found = {aim: of_aim for aim in AIMS} | {"aim": cell.config.steering.aim, "levers": levers, "left_out": left_out}
     return [*files, common.write_json(cell.records / "chosen.json", found)]

@@ -1,0 +1,120 @@
+"""What runs hold of fits: the files of levers and detectors, by cell and direction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mnemoscope.behaviour import Prompting
+from mnemoscope.interventions import (
+    OPPOSITE,
+    Binding,
+    Intervention,
+    SteeringVector,
+    Toward,
+    best_paths,
+    chosen_paths,
+    load_intervention,
+    readable,
+)
+from mnemoscope.interventions.detect import Detector
+from mnemoscope.runs.digests import check_closed, intact, is_there
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.schemas import CellFacts
+from mnemoscope.runs.strict import read_json, read_text
+
+ALSO: dict[str, Toward] = {"context": "generalized", "memory": "memorized"}  # what a user of documents calls them
+
+
+def known_behaviour(toward: Any) -> Toward:
+    behaviour = ALSO.get(toward, toward)
+    if behaviour not in OPPOSITE:
+        raise InputError(f"toward: {toward!r} is not one of {', '.join(OPPOSITE)}; of documents: {', '.join(ALSO)}")
+    return behaviour
+
+
+def vector_file(source: Path, toward: str | None) -> Path:
+    """The file of the best vector of a run with one cell, or of a cell, that steers to a behaviour.
+
+    Raises:
+        InputError: it has no vectors, several cells, or no such vector; or ``toward`` is no behaviour.
+    """
+    check_closed(source)
+    cells = _cells(source)
+    if len(cells) > 1:
+        raise InputError(f"FILE: {source} has several cells; name one of {', '.join(map(str, cells))}")
+    found = best_paths(cells[0]).get(f"to_{known_behaviour(toward)}")
+    if found is None:
+        raise InputError(f"toward: {source} has no vector to {toward}")
+    return found
+
+
+def artefacts_of(
+    source: Path, found: Binding
+) -> tuple[dict[Toward, dict[str, Intervention]], Detector | None, Detector | None]:
+    """The levers and detectors of a file, a cell or a run; of a lever with several methods the best one."""
+    if source.is_file():
+        described = source.with_suffix(".json")
+        if described.is_file() and '"toward"' in read_text(described):
+            one = load_intervention(source)
+            return {one.toward: {one.lever: one}}, None, None
+        return {}, Detector.load(source), None
+    check_closed(source)
+    cell = cell_of(source, found)
+    best = [*best_paths(cell, levers=True).values(), *best_paths(cell).values()]
+    levers: dict[Toward, dict[str, Intervention]] = {}
+    for path in dict.fromkeys([*best, *(intact(path) for path in chosen_paths(cell).values())]):
+        one = load_intervention(path)
+        levers.setdefault(one.toward, {}).setdefault(one.lever, one)
+    paths = [cell / f"{name}.safetensors" for name in ("detector", "detector_below")]
+    detector, lower = (Detector.load(intact(path)) if is_there(path) else None for path in paths)
+    return levers, detector, lower
+
+
+def vectors_of(levers: Mapping[Toward, Mapping[str, Intervention]]) -> dict[Toward, SteeringVector]:
+    """The first vector of each direction."""
+    every = ((toward, one) for toward, named in levers.items() for one in reversed(list(named.values())))
+    return {toward: one for toward, one in every if isinstance(one, SteeringVector)}
+
+
+def cell_of(source: Path, found: Binding) -> Path:
+    """The only cell of a run (or the cell itself), or the one whose vectors were fitted on this model."""
+    cells = _cells(source)
+    if len(cells) == 1:
+        return cells[0]
+    bound = ((cell, read_json(intact(cell / "cell.json"), CellFacts).get("binding")) for cell in cells)
+    with readable("binding", source):
+        fitting = [cell for cell, facts in bound if facts and Binding(**facts).has_weights_of(found)]
+    if len(fitting) > 1:
+        names = ", ".join(map(str, fitting))
+        raise InputError(f"from: several cells of the run were fitted on this model; name one of {names}")
+    if not fitting:
+        raise InputError(f"weights: no cell of {source} was fitted on this model, which has {found.weights}")
+    return fitting[0]
+
+
+def _cells(source: Path) -> list[Path]:
+    """The cells of a run that have chosen vectors, or the cell itself; InputError without any."""
+    places = ("records/chosen.json", "cells/*/records/chosen.json")
+    cells = [path.parent.parent for place in places for path in sorted(source.glob(place))]
+    if not cells:
+        raise InputError(
+            f"from: {source} is neither a vector, a detector, nor a run that has chosen vectors; one that was "
+            "stopped goes on with the command that began it"
+        )
+    return cells
+
+
+def agreed(stored: Prompting, asked: Prompting | None) -> Prompting:
+    """The format of prompts, which must be that of the fit."""
+    if asked is None:
+        return stored
+    if asked.chat != stored.chat:
+        how = "by the chat template" if stored.chat else "as they are"
+        raise InputError(f"chat: {asked.chat}; allowed is {stored.chat}: it was fitted on prompts formatted {how}")
+    if asked.system is not None and asked.system != stored.system:
+        raise InputError(f"system: {asked.system!r}; this was fitted with {stored.system!r}")
+    if stored.begun and not asked.begun:
+        raise InputError("reply: this was fitted where the beginning of the reply was given; give it (reply, --reply)")
+    return Prompting(stored.chat, stored.system, asked.reply, asked.split)
