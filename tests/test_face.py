@@ -17,13 +17,15 @@ import torch
 from threadpoolctl import threadpool_info
 
 import mnemoscope as ms
-from families import tiny, tokenizer
+from families import prompts, tiny, tokenizer
 from helpers import MINI_TASKS, hook_count, sign
 from mnemoscope.behaviour import Asking, phrase_of, states_at_the_end
 from mnemoscope.cli import commands
-from mnemoscope.face.recipe import ONE_LAYER, SETTINGS, STEERING, Choices, fitting_study
+from mnemoscope.face.fitted import Fitted
+from mnemoscope.face.recipe import METHODS, ONE_LAYER, SETTINGS, STEERING, Choices, fitting_study
 from mnemoscope.face.stored import agreed, vector_file
-from mnemoscope.models import load_model
+from mnemoscope.interventions.decoding import Decoding
+from mnemoscope.models import backbone_of, load_model
 from mnemoscope.runs.errors import InputError
 from mnemoscope.serving.export import SITES_FOR
 from mnemoscope.tasks.jsonl import JsonlTask
@@ -92,8 +94,9 @@ def test_a_fit_gives_vectors_in_both_directions_a_detector_and_controls(user: Us
     assert user.fitted.detector is not None
     results = json.loads((user.out / "results.json").read_text())["tasks"]["sums"]
     tried = {(row["method"], row["layers"]) for row in results["sweep"] if row["direction"] == "to_generalized"}
-    assert {method for method, _ in tried} == {"standardized-nmd", "gradient", "low-rank"}
-    assert {layers for method, layers in tried if method != "low-rank"} == {"1"}  # one of two
+    assert {method for method, _ in tried} == {"standardized-nmd", "gradient", "low-rank", "lora"}
+    assert {layers for method, layers in tried if method not in ("low-rank", "lora")} == {"1"}  # one of two
+    assert set(results["left_out"]) == {"prompt", "cad"}  # without words, and bare questions
     for direction, vector in (("to_generalized", "generalized"), ("to_memorized", "memorized")):
         block, card = aimed(results, direction), user.fitted.vectors[vector].card
         shift = block["conflict"]["shift"]
@@ -163,15 +166,27 @@ def test_steering_is_that_of_the_vector_and_alpha_zero_of_nothing(user: User) ->
         steered = user.words.batch_decode(user.model.generate(**inputs, **options)[:, width:], skip_special_tokens=True)
     assert fitted.vector("context") is fitted.vector("generalized")  # type: ignore[arg-type]
     assert len(repr(fitted.vector("generalized")).splitlines()) == 1
-    answers = fitted.answers(prompts, "generalized", 20, max_new_tokens=8, go_on=True)
+    used = fitted.use("context", fitted.vector("context").lever)  # type: ignore[arg-type]
+    answers = used.answers(prompts, "generalized", alpha=20, max_new_tokens=8, go_on=True)
     assert [row["steered"] for row in answers] == steered
-    phrases = [row["steered"] for row in fitted.answers(prompts, "context", 20, max_new_tokens=8)]
+    phrases = [row["steered"] for row in used.answers(prompts, "context", alpha=20, max_new_tokens=8)]
     assert phrases == list(map(phrase_of, steered))
     assert any(row["plain"] != row["steered"] for row in answers)
     best = json.loads((user.cell / "records" / "chosen.json").read_text())["conflict"]["best"]["to_generalized"]
     file = user.cell / "vectors" / f"to_generalized-{best}.safetensors"
     for source in (user.out, user.cell, file):
-        asked = (*prompts, "--toward", "generalized", "--alpha", "20", "--max-new-tokens", "8", "--go-on")
+        asked = (
+            *prompts,
+            "--lever",
+            fitted.vector("context").lever,
+            "--toward",
+            "generalized",
+            "--alpha",
+            "20",
+            "--max-new-tokens",
+            "8",
+            "--go-on",
+        )
         assert user.json("steer", *asked, "--from", str(source))["answers"] == answers
     assert {vector_file(source, "context") for source in (user.out, user.cell)} == {file}
     with pytest.raises(InputError, match="toward: 'both' is not one of"):
@@ -291,7 +306,7 @@ def test_what_fitted_cannot_do_is_one_line_in_python_and_on_the_command_line(use
     for call_, message in (
         (
             lambda: ms.Fitted.open(user.out, other, words),
-            "model_type: the vector was made on gpt2, this model has llama",
+            "model_type: the (vector|intervention) was made on gpt2, this model has llama",
         ),
         (lambda: ms.Fitted.open(tmp_path / "absent", other, words), "from: .* does not exist"),
         (lambda: ms.Fitted.open(tmp_path, other, words), "from: .* is neither a vector, a detector, nor a run"),
@@ -314,7 +329,7 @@ def test_what_fitted_cannot_do_is_one_line_in_python_and_on_the_command_line(use
         (("detect", "1+2=", "--from", out, "--chat"), chat),
         (("detect", "1+2=", "--from", file), "set detection.fitted: true"),
         (("steer", "1+2=", "--from", out, "--toward", "both"), "toward: 'both'"),
-        (("steer", "1+2=", "--from", file, "--toward", "memorized"), "has no vector to memorized; it has generalized"),
+        (("steer", "1+2=", "--from", file, "--toward", "memorized"), "has no lever to memorized; it has generalized"),
         (("steer", "1+2=", "--from", file, "--toward", "generalized", "--gate", "0.5"), "detector: "),
         (("steer", "1+2=", "--from", out, "--toward", "generalized", "--gate", "2"), "gate: 2.0 is not a probability"),
         (("steer", "1+2=", "--from", str(tmp_path / "absent"), "--toward", "memorized"), "does not exist"),
@@ -341,11 +356,53 @@ def test_of_several_cells_the_one_of_the_model_is_opened(user: User, tmp_path: P
         ms.Fitted.open(run, tiny("gpt2"), tokenizer())
 
 
+def test_every_lever_is_found_by_its_name_and_answers_the_same_everywhere(user: User) -> None:
+    again = ms.Fitted.open(user.out, user.model, user.words)
+    chosen = json.loads((user.cell / "records" / "chosen.json").read_text())
+    for toward, named in user.fitted.levers.items():
+        assert next(iter(named.values())).method == chosen["levers"][f"to_{toward}"]
+        assert {"shift", "low-rank", "adapter"} == set(named) == set(again.levers[toward])
+        for lever in named:
+            said = user.fitted.use(toward, lever).generate(user.prompts, toward)
+            assert again.use(toward, lever).generate(user.prompts, toward) == said
+            asked = (*user.prompts, "--toward", toward, "--lever", lever, "--from", str(user.out))
+            assert [row["steered"] for row in user.json("steer", *asked)["answers"]] == said
+        best = user.fitted.use(toward, next(iter(named)))
+        assert user.fitted.generate(user.prompts, toward) == best.generate(user.prompts, toward)
+    with pytest.raises(InputError, match=r"lever: 'words' to memory is not in .*; it has .*adapter"):
+        again.use("memory", "words")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_two_passes_answer_as_their_definition_by_hand_and_cost_two(tmp_path: Path) -> None:
+    model, words = tiny("llama"), tokenizer()
+    one = Decoding(toward="generalized", method="cad", setting={"weight": 1.5, "contrast": "bare"})
+    fitted = Fitted(tmp_path, model, words, {"generalized": {"decoding": one}}, None, None)
+    text, bare = prompts()[0], prompts()[1]
+    prompt = f"{text}\n{bare}"
+    whole, cut = (words(text, return_tensors="pt").input_ids for text in (prompt, bare))
+    width = whole.shape[1]
+    for _ in range(6):
+        logits = 2.5 * model(whole).logits[:, -1] - 1.5 * model(cut).logits[:, -1]
+        token = logits.argmax(-1, keepdim=True)
+        whole, cut = torch.cat([whole, token], 1), torch.cat([cut, token], 1)
+    passes = list[int]()
+    with backbone_of(model).register_forward_pre_hook(lambda *_: passes.append(1)):
+        said = fitted.generate([prompt], "context", max_new_tokens=6, go_on=True)  # type: ignore[arg-type]
+        assert said == words.batch_decode(whole[:, width:], skip_special_tokens=True)
+        assert len(passes) == 6 * one.passes
+    assert fitted.generate([prompt], "context", max_new_tokens=6, go_on=True, bare=[bare]) == said  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="bare: prompt 1 quotes no text"):
+        fitted.generate([bare], "context")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="lever: decoding act on prompts"):
+        fitted.use("context", "decoding").steer("context")  # type: ignore[arg-type]
+
+
 def test_a_fit_halves_what_it_tries(user: User) -> None:
     """Methods without learning see few examples first; one layer alone is learned at."""
     chosen = json.loads((user.cell / "records" / "chosen.json").read_text())
     sweep = pd.read_parquet(user.cell / "records" / "sweep.parquet")
-    for direction, part in sweep[sweep.method != "low-rank"].groupby("direction"):
+    for direction, part in sweep[~sweep.method.isin(("low-rank", "lora"))].groupby("direction"):
         first, whole = part[part.n <= STEERING["screened"]], part[part.n > STEERING["screened"]]
         assert set(whole.layers) <= set(first.layers)
         assert len(whole[whole.method == "learned"]) <= 1
@@ -384,8 +441,9 @@ def test_settings_are_dealt_to_layers_all_over_the_model() -> None:
     assert everywhere.steering.positions == "all"
     assert set(everywhere.steering.grids) <= set(SITES_FOR["gguf"]) & set(SITES_FOR["checkpoint"])
     (cell,) = fitting_study({"folder": "x"}, "facts", {}).cells.values()
-    methods = [method for method in cell.steering.methods if method != "low-rank"]  # which has few settings of its own
-    assert [*methods, "learned"] == [*everywhere.steering.methods]
+    assert {*cell.steering.methods} - {"low-rank"} == {*everywhere.steering.methods} - {"learned"}
+    assert {"low-rank", "learned"} == {*cell.steering.methods} ^ {*everywhere.steering.methods}
+    methods = METHODS  # others have few settings of their own
     (learned,) = cell.steering.grids.values()
     assert len(methods) * len(learned.layer_sets(30)) * len(learned.tops) * len(learned.strengths) == SETTINGS == 48
     assert learned.layer_sets(30) == [(4,), (9,), (13,), (17,), (21,), (26,)]

@@ -31,7 +31,7 @@ from mnemoscope.report.rows import Part, over_all, rows_of, view
 from mnemoscope.report.stories import holds, read, steer_page
 from mnemoscope.report.stories.behaviour import difference
 from mnemoscope.report.stories.cost import measure_kept
-from mnemoscope.report.summary import VECTOR, WORDS, advice, breaks
+from mnemoscope.report.summary import verdict
 from mnemoscope.report.words import control_names, interval, percent, points, ranged
 from mnemoscope.runs.processes import in_processes
 from mnemoscope.statistics import Estimate, proportion
@@ -396,24 +396,6 @@ def test_a_setting_of_its_own_norm_is_the_first_seeds_beside_all_norms(task: Par
     assert [row[-1] for row in found.rows if "whatever" in row[0] and "working" in row[0]] == ["0.1, 0.3"]
 
 
-@pytest.mark.parametrize(
-    ("other", "lost", "told"),
-    [
-        (0.15, 0.1, ""),
-        (0.27, 0.02, "on test the vector leaves 27\xa0% answered neither way; "),
-        (math.nan, 0.2, "on test the vector leaves 20\xa0% of what it should keep lost; "),
-        (0.4, math.nan, "on test the vector leaves 40\xa0% answered neither way; "),
-    ],
-)
-def test_the_summary_begins_with_what_a_vector_breaks(other: float, lost: float, told: str) -> None:
-    shares = Estimate(other, 0.0, 1.0, 20), Estimate(lost, 0.0, 1.0, 20)
-    assert breaks(shares[0], {"memory": shares[1]}, "to_generalized") == told
-    # The largest loss of what counts in a direction; where facts to recall are the conflicts, new questions are left.
-    nothing = Estimate.undefined()
-    assert breaks(shares[0], {"memory": nothing, "novel": shares[1]}, "to_generalized") == told
-    assert "lost" not in breaks(shares[0], {"memory": nothing, "novel": shares[1]}, "to_memorized")
-
-
 def test_what_is_lost_is_a_share_of_what_was_right_before(copy: Path) -> None:
     """Gains elsewhere make up for nothing."""
     cells = read_run(copy).by_label()["addition"]
@@ -430,24 +412,23 @@ def share(value: float, groups: int = 40) -> Estimate:
     return proportion(np.arange(groups) < round(value * groups), list(map(str, range(groups))))
 
 
-UNKNOWN = Estimate(0.5, math.nan, math.nan, 8, 8)
+NONE, FEW = Estimate.undefined(), Estimate(0.5, math.nan, math.nan, 5, 5)
 
 
 @pytest.mark.parametrize(
-    ("vector", "words", "beyond", "told"),
+    ("shift", "other", "lost", "beyond", "told"),
     [
-        (share(0.9), share(0.5), True, "the vector ("),
-        (share(0.5), share(0.9), True, "asking in words ("),
-        (share(0.65, 80), share(0.78, 20), True, "the vector or asking in words, no sure difference ("),
-        (share(0.9), None, True, "the vector (this vector 90\xa0%; asking in words not measured)"),
-        (share(0.1), share(0.0), False, "asking in words, as this vector does not surely more than its strongest"),
-        (share(0.0), None, False, "nothing tried, as this vector does not surely more than its strongest control"),
-        (UNKNOWN, share(0.0), True, "cannot tell: 8\xa0test groups"),
-        (share(0.9, 4), share(0.0), True, "cannot tell: 4\xa0test groups"),
-        (Estimate.undefined(), share(0.0), True, "not measured"),
+        (share(0.9), share(0.0), share(0.0), True, "works with a shift (90\xa0% ("),
+        (share(0.4), share(0.1), NONE, True, "works in part with a shift (40\xa0% ("),
+        (share(0.9), share(0.0), share(0.5), True, "; loses 50\xa0% of what it should keep"),
+        (share(0.6), share(0.4), NONE, True, "; answers 40\xa0% neither way"),
+        (share(0.9, 20), NONE, NONE, True, "; add about 40\xa0groups to be sure"),
+        (share(0.1), NONE, NONE, True, "do not use a shift (10\xa0% ("),
+        (share(0.4), NONE, share(0.6), True, "do not use a shift (40\xa0% ("),
+        (share(0.9), NONE, NONE, False, "not surely more than its strongest control"),
+        (FEW, NONE, NONE, True, "cannot tell: 5\xa0test groups; add about 100\xa0groups to be sure"),
+        (NONE, NONE, NONE, True, "not measured"),
     ],
 )
-def test_the_summary_advises_what_the_numbers_support(
-    vector: Estimate, words: Estimate | None, beyond: bool, told: str
-) -> None:
-    assert advice({VECTOR: vector} | ({WORDS: words} if words else {}), beyond).startswith(told)
+def test_the_verdict_on_a_lever(shift: Estimate, other: Estimate, lost: Estimate, beyond: bool, told: str) -> None:
+    assert told in verdict(Part(shift=shift, other=other, lost=lost), "a shift", beyond)

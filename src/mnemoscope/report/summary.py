@@ -8,42 +8,97 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mnemoscope.report import words
 from mnemoscope.report.rows import Part, parts_of
 from mnemoscope.report.stories.steer_page import other_ways
-from mnemoscope.report.words import DIRECTIONS, REFITTED, TOWARDS, Direction, count, counted, percent, ranged
+from mnemoscope.report.words import DIRECTIONS, REFITTED, Direction, count, counted, percent, ranged
 from mnemoscope.runs.digests import intact
 from mnemoscope.runs.strict import read_json
-from mnemoscope.statistics import LEAST_GROUPS, Estimate
+from mnemoscope.statistics import Estimate
 
-VECTOR, WORDS = "this vector", "asking in words"
 LEARNED = ("learned", "low-rank")
-BEYOND = "on tune this vector exceeds a limit (of its controls, of what it loses or leaves neither way); "
+WORKS, IN_PART = 0.6, 0.3  # shares of test examples that get the wanted answer
 MOST_OTHER, MOST_LOST = 0.15, 0.1  # of test examples; settings are chosen within narrower limits on tune
 GROUPS_NEEDED = 30  # with which an interval of a share is about 18 points to either side
+OF_TEST = 4  # groups of a file for one of its test split
+VECTORS = ("shift", "low-rank")
+NAMES = {
+    "words": "words in the prompt",
+    "decoding": "contrastive decoding (two passes)",
+    "adapter": "an adapter",
+    "shift": "a shift",
+    "low-rank": "a low-rank edit",
+}
+LEVERS = {"prompt": "words", "cad": "decoding", "lora": "adapter", "low-rank": "low-rank"}  # of runs that do not say
 
 
 def _of_direction(task: Part, direction: Direction) -> Part:
-    """The best vector of one direction on the aim's test examples, and what a user should take."""
+    """The best vector of one direction on the aim's test examples, every lever, and the verdict on the best of them."""
     aim, block = task.aim, words.for_aim(task.steering[direction], task.aim)
     control, found = block.beside.get(aim), block[aim]
-    ways = {VECTOR: found.shift, **other_ways(task, direction)}
-    chosen = block.chosen if aim == "pairs" else block.chosen_conflict
-    broken = breaks(found.other, block.get("lost_right", {}).get(aim, {}), direction)
-    beyond = control is None or control.difference.sign > 0
+    levers = _levers(task, direction)
     learned = any(n in REFITTED and c[aim].shift.known for n, c in block.controls.items())
+    best = task.get("levers", {}).get(direction) or block.chosen.method
+    lever = next(name for name, one in levers.items() if one.method == best)
+    beyond = lever not in VECTORS or control is None or control.difference.sign > 0
     return Part(
-        advice=("" if chosen.within_limits else BEYOND) + broken + advice(ways, beyond),
-        ways=ways,  # share that ends in the wanted behaviour: the vector, and what needs none
+        verdict=verdict(levers[lever], NAMES.get(lever, lever), beyond),
+        lever=lever,
+        levers=levers,  # by name: share that ends in the wanted behaviour, share that gives neither, the largest loss
         aim=aim,
-        chosen=chosen,
+        chosen=block.chosen if aim == "pairs" else block.chosen_conflict,
         shift=found.shift,
         other=found.other,  # share that gives neither answer
         strongest_control=words.control_names(control) if control else None,
         control=control.shift if control else None,
-        noise_only=chosen.method in LEARNED and not learned,  # no control was learned, though the vector was
+        noise_only=block.chosen.method in LEARNED and not learned,  # no control was learned, though the vector was
         collateral=words.changes(block, aim),
     )
+
+
+def _levers(task: Part, direction: Direction) -> dict[str, Part]:
+    """Every lever of a direction, of several methods the better one; of studies words and decoding as shown apart."""
+    found: dict[str, Part] = {}
+    best = words.for_aim(task.steering[direction], task.aim).chosen.method
+    for method, blocks in sorted(task.steering_by_method.items(), key=lambda entry: entry[0] != best):
+        block = blocks[direction]
+        chosen = block.chosen if task.aim == "pairs" else block.chosen_conflict
+        lost = block.get("lost_right", {}).get(task.aim, {})
+        kept = [lost[name] for name in counted(direction) if name in lost and lost[name].known]
+        one = Part(
+            method=method, passes=chosen.get("passes", 1), shift=block[task.aim].shift, other=block[task.aim].other
+        )
+        one.lost = max(kept, key=lambda share: share.estimate, default=Estimate.undefined())
+        found.setdefault(chosen.get("lever") or LEVERS.get(method, "shift"), one)
+    for name, shares in other_ways(task, direction).items():
+        passes = 1 + ("decoding" in name)
+        one = Part(method=name, passes=passes, shift=shares, other=Estimate.undefined(), lost=Estimate.undefined())
+        found.setdefault(name, one)
+    return found
+
+
+def verdict(one: Part, name: str, beyond: bool = True) -> str:
+    """Whether to use a lever of a name, how sure that is, and at which price.
+
+    ``beyond``: whether it surely does more than its strongest control, where it has one.
+    """
+    share = one.shift
+    if not share.known:
+        return "not measured"
+    groups, more = share.groups or GROUPS_NEEDED, ""
+    if groups < GROUPS_NEEDED:
+        more = f"add about {words.count(OF_TEST * (GROUPS_NEEDED - groups), 'group')} to be sure"
+    if math.isnan(share.low):
+        return f"cannot tell: {words.count(groups, 'test group')}; {more}"
+    price = [f"loses {percent(one.lost.estimate)} of what it should keep"] if one.lost.at_least > MOST_LOST else []
+    price += [f"answers {percent(one.other.estimate)} neither way"] if one.other.estimate > MOST_OTHER else []
+    if not beyond or share.estimate < max(IN_PART, np.nan_to_num(one.lost.estimate)):
+        reason = ranged(share) if beyond else f"{ranged(share)}, not surely more than its strongest control"
+        return "; ".join(filter(None, [f"do not use {name} ({reason})", more]))
+    works = "works" if share.estimate >= WORKS else "works in part"
+    return "; ".join(filter(None, [f"{works} with {name} ({ranged(share)})", ", ".join(price), more]))
 
 
 def _of_task(task: Part) -> Part:
@@ -52,6 +107,8 @@ def _of_task(task: Part) -> Part:
     areas = detection.auroc if detection else {}
     return Part(
         **({"weights": task.weights} if "weights" in task else {}),
+        documents=task.get("documents", False),
+        left_out=task.get("left_out", {}),
         differ=task.contrast.significant,
         read=task.probe.best.accuracy,
         pairs=everything.pairs,
@@ -68,16 +125,18 @@ def _of_task(task: Part) -> Part:
 
 def in_words(brief: Part) -> dict[str, str]:
     """The first numbers of a task in words: do they differ, can it be read, can it be steered and at what cost."""
+    documents = brief.get("documents", False)
     alike = max(brief[direction].chosen.get("begin_alike", 0.0) for direction in DIRECTIONS)
     other = brief.answered_other
     areas = {name: brief.get(f"{name}_auroc") for name in ("detect", "input", "gate")}
     right = {name: ranged(area) if area else "" for name, area in areas.items()}
-    rows = {
+    verdicts = {words.aimed(direction, documents): brief[direction].verdict for direction in DIRECTIONS}
+    rows = verdicts | {
         "pairs": f"{brief.pairs:,} of {count(brief.groups, 'group')}, yield {ranged(brief['yield'])}",
         "neurons that differ": ranged(brief.differ),
         "test states read right by a probe": ranged(brief.read),
-        **_direction_in_words(brief.to_generalized, "to_generalized"),
-        **_direction_in_words(brief.to_memorized, "to_memorized"),
+        **{what: text for d in DIRECTIONS for what, text in _direction_in_words(brief[d], d, documents).items()},
+        "left out": "; ".join(f"{method} ({why})" for method, why in brief.get("left_out", {}).items()),
         "weights": brief.get("weights"),
         "P(memorized) ranks right": right["detect"],
         "the input alone ranks right": right["input"],
@@ -88,65 +147,24 @@ def in_words(brief: Part) -> dict[str, str]:
     return {what: text for what, text in rows.items() if text}
 
 
-def _direction_in_words(found: Part, direction: Direction) -> dict[str, str]:
-    """What to use; what the vector does, beside which control, at what cost, and its setting."""
-    control, chosen, name = "none", found.chosen, TOWARDS[direction]
+def _direction_in_words(found: Part, direction: Direction, documents: bool) -> dict[str, str]:
+    """What every lever does, loses and costs; the best vector beside which control, and its setting."""
+    control, chosen, name = "none", found.chosen, words.toward(direction, documents)
     if found.strongest_control and found.control:
         control = f"{ranged(found.control)}, {found.strongest_control}"
         control += "; noise only, as no control was learned" if found.noise_only else ""
     setting = f"{chosen.method} at {chosen.site}, {words.layers(chosen.layers)}, strength {chosen.strength:g}"
     tested = count(found.shift.n, "test pair" if found.aim == "pairs" else "test conflict")
-    return {
-        f"{name}, what to use": found.advice,
-        name: f"{ranged(found.shift)} of {tested} steered, {percent(found.other.estimate)} neither",
-        f"{name}, strongest control": control,
-        f"{name}, largest loss": words.largest_loss(found.collateral, direction),
-        f"{name}, setting": setting + ("" if chosen.within_limits else ", beyond the limits"),
+    rows = {}
+    for lever, one in found.levers.items():
+        lost = f", loses {percent(one.lost.estimate)} at most" if one.lost.known else ""
+        neither = f", {percent(one.other.estimate)} neither" if one.other.known else ""
+        passes = f", {one.passes} passes a token" if one.passes > 1 else ""
+        rows[f"{name}, {lever}"] = f"{ranged(one.shift)} of {tested}{neither}{lost}{passes}"
+    return rows | {
+        f"{name}, vector's strongest control": control,
+        f"{name}, vector's setting": setting + ("" if chosen.within_limits else ", beyond the limits"),
     }
-
-
-def breaks(other: Estimate, broken: dict[str, Estimate], direction: Direction) -> str:
-    """What the vector breaks on the test split, where that is more than is wanted; else nothing.
-
-    ``broken``: of what was answered right before, the share that is not any more.
-    """
-    kept = (broken[name] for name in counted(direction) if name in broken)
-    lost = max((share.estimate for share in kept if share.known), default=0.0)
-    found = [f"{percent(other.estimate)} answered neither way"] if other.known and other.estimate > MOST_OTHER else []
-    found += [f"{percent(lost)} of what it should keep lost"] if lost > MOST_LOST else []
-    return f"on test the vector leaves {' and '.join(found)}; " if found else ""
-
-
-def advice(ways: dict[str, Estimate], beyond: bool) -> str:
-    """What steers most: the vector, words or contrastive decoding; or that there are too few groups to tell.
-
-    ``beyond``: whether the vector surely does more than its strongest control; if not, it is not what to use.
-    """
-    vector, others = ways[VECTOR], {way: share for way, share in ways.items() if way != VECTOR and share.known}
-    if not vector.known:
-        return "not measured"
-    if vector.groups and (vector.groups < LEAST_GROUPS or math.isnan(vector.low)):
-        return f"cannot tell: {count(vector.groups, 'test group')}; about {GROUPS_NEEDED} are needed"
-    listed = [f"{way} {percent(share.estimate)}" for way, share in others.items()]
-    unknown = [] if WORDS in ways else [f"{WORDS} not measured"]
-    told = "; ".join([f"{VECTOR} {percent(vector.estimate)}", *listed, *unknown])
-    best = max(others, key=lambda way: others[way].estimate, default=None)
-    if best and _surely_above(others[best], vector):
-        return f"{best} ({told})"
-    if not beyond:
-        return f"{best or 'nothing tried'}, as this vector does not surely more than its strongest control ({told})"
-    if best is None or _surely_above(vector, others[best]):
-        return f"the vector ({told})"
-    return f"the vector or {best}, no sure difference ({told})"
-
-
-def _surely_above(one: Estimate, other: Estimate) -> bool:
-    """Whether a share is above another by more than both intervals leave open, taken as independent.
-
-    Square and add: Newcombe (1998), "Interval estimation for the difference between independent proportions",
-    Statistics in Medicine 17:873-890. Paired shares differ more surely than that.
-    """
-    return one.estimate - other.estimate > math.hypot(one.estimate - one.low, other.high - other.estimate)
 
 
 @dataclass(frozen=True)

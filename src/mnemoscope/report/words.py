@@ -22,6 +22,7 @@ NBSP = "\u00a0"
 UNMEASURED = "not measured"
 TOWARDS: dict[str, str] = {"to_generalized": "towards working it out", "to_memorized": "towards remembering"}
 CAPITAL = {direction: towards.capitalize() for direction, towards in TOWARDS.items()}
+AIMED = {"to_generalized": "context", "to_memorized": "memory"}  # of documents
 ANSWERED = {"memorized": "remembered", "generalized": "worked out", "other": "other"}
 LISTS = {"pairs": "pairs", "conflict": "any conflict", "memory": "facts to recall", "novel": "new questions"}
 LISTS |= {"conflict_rest": "conflicts already there"}
@@ -32,6 +33,16 @@ CONTROLS = {"random_neurons": "random neurons", "low_correlation": "low-|rho| ne
 CONTROLS |= {"shuffled_labels": "shuffled labels", "indifference": "indifference"}
 CONTROLS |= {"permuted_answers": "permuted answers", "gaussian": "Gaussian"}
 REFITTED = ("shuffled_labels", "indifference", "permuted_answers")  # a method has the first, or the other two
+
+
+def toward(direction: str, documents: bool) -> str:
+    """A direction in words of the task: ``to context`` and ``to memory`` of documents."""
+    return f"to {AIMED[direction]}" if documents else TOWARDS[direction]
+
+
+def aimed(direction: str, documents: bool) -> str:
+    """What a direction aims at, as a heading: ``Context``, ``Remembering``."""
+    return toward(direction, documents).partition(" ")[2].capitalize()
 
 
 def percent(share: float) -> str:
@@ -100,7 +111,9 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def layers(numbers: Sequence[int]) -> str:
-    """``layer 2``, ``layers 0 and 2``, ``layers 0 to 3``."""
+    """``layer 2``, ``layers 0 and 2``, ``layers 0 to 3``; ``no layer`` of what acts elsewhere."""
+    if not numbers:
+        return "no layer"
     if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
         return f"layers {numbers[0]} to {numbers[-1]}"
     return f"layer{'s' if len(numbers) > 1 else ''} {listed([str(number) for number in numbers])}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
+from mnemoscope.behaviour import check_known
 from mnemoscope.interventions.contract import Bench, Intervention, Toward
 from mnemoscope.interventions.words import Place, Words
 from mnemoscope.tasks.base import INSTRUCTIONS
@@ -29,7 +30,11 @@ PLACES: tuple[Place, ...] = ("before", "behind")
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
-    """Every sentence in every place; behind the text only where a prompt quotes one, before the others."""
+    """Every sentence in every place; behind the text only where a prompt quotes one, before the others.
+
+    Raises InputError where the tokenizer lacks words of them.
+    """
+    check_known(bench.asking, WORDINGS[toward])
     places = PLACES if any(quoted.text for quoted in bench.tune_conflicts.quoted) else PLACES[:1]
     return [
         Words(toward=toward, method="prompt", setting={"wording": text, "place": place}, text=text, place=place)

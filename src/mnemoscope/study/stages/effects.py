@@ -51,7 +51,8 @@ def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
         "doses": (_doses(bench, sides, one) for one in vectors),
         "ablations": (_ablations(bench, sides, one) for one in vectors),
         "patches": [_patches(bench, sides)] if config.patched else [],
-        "prompts": (part(bench, aimed) for part in (_asked, _contrasts)),
+        # A fit judges words and decoding as levers.
+        "prompts": (part(bench, aimed) for part in (_asked, _contrasts) if not cell.config.steering.screened),
     }
     for done, (name, tables) in enumerate(parts.items()):
         tell(done, len(parts), name)
