@@ -97,7 +97,7 @@ LEAVING = {"up": "../../escaped", "absolute": "/tmp/escaped", "inner": "a/b", "d
         (changed("model.heads=5"), "width 64 is not a multiple of heads 5"),
         (changed("model.context=12", "neutral.cuts=0"), "model.context: 12 tokens; a training instance has 17"),
         (changed("model.context=28"), "neutral.length 28 does not fit into model.context; at most 27"),
-        (changed("model.folder=nowhere/at/all"), "model: nowhere/at/all cannot be opened"),
+        (changed("model.folder=nowhere/at/all"), "model: the folder nowhere/at/all does not exist"),
         (changed("task=jsonl", "options={file: absent.jsonl}"), "absent.jsonl cannot be read"),
         (["report", "nowhere"], "RUN: nowhere is not a run folder"),
         (["doctor"], "MODEL: missing; name a model, or a server: --server URL"),

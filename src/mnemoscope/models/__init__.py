@@ -26,14 +26,13 @@ if TYPE_CHECKING:
         with_states,
     )
     from mnemoscope.models.opening import (
-        PACKAGED,
-        QUANTIZED,
         context_length,
         end_ids,
         layers_of,
         load_model,
         models_that_fit,
     )
+    from mnemoscope.models.packaged import PACKAGED, QUANTIZED, check_named
     from mnemoscope.models.passes import (
         PLAINLY,
         Precision,

