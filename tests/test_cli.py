@@ -118,6 +118,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
         study = yaml.safe_load(MINI_STUDY)
         study["cells"] = {label: study["cells"]["addition"]}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(study))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     before = set(tmp_path.iterdir())
     code, stdout, stderr = call(*arguments)
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)

@@ -9,11 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
+from mnemoscope.face.recipe import fitting_study
 from mnemoscope.runs.errors import InputError
-from mnemoscope.tasks import KINDS, SPLITS, Task, build_task, draw
+from mnemoscope.tasks import KINDS, SPLITS, Task, build_task, draw, named_task
 from mnemoscope.tasks.jsonl import JsonlTask, write_jsonl
+from mnemoscope.tasks.qa import QATask
 from test_tasks import BOTH, made, rng
 
 
@@ -101,3 +104,70 @@ def test_a_file_without_conflicts_or_without_being_there_is_refused(tmp_path: Pa
         jsonl_task(tmp_path / "none.jsonl", [{"item": "i", "prompt": "p", "answer": " a"}])
     with pytest.raises(InputError, match="cannot be read"):
         build_task("jsonl", {"file": str(tmp_path / "absent.jsonl")}, 0)
+
+
+def test_all_bad_lines_are_named_at_once(tmp_path: Path) -> None:
+    good = [json.dumps({"item": f"i{n}", "prompt": f"p{n}"} | BOTH) for n in range(8)]
+    lines = [*good, "{", json.dumps({"itm": "x"}), *(json.dumps({"prompt": "p"} | BOTH) for _ in range(5))]
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InputError) as error:
+        build_task("jsonl", {"file": str(tmp_path / "bad.jsonl")}, 0)
+    told = str(error.value)
+    assert told.startswith(f"file: {tmp_path}/bad.jsonl, line 9: not JSON")
+    assert "; line 10: field 'itm' is unknown; known are item, prompt" in told
+    assert "; did you mean item?; line 11, line 12, line 13 and 2 more: field 'item' is missing" in told
+    assert told.endswith("; in all 7 of 15")
+    assert "\n" not in told
+
+
+ROWS = [
+    {"item": f"i{n // 2}", "prompt": f"{n}, then?", "memorized": " a", "generalized": " b", "bare": f"{n}?"}
+    for n in range(8)
+] + [{"item": "i9", "prompt": "alone?", "answer": " c", "group": "g"}]
+
+
+@pytest.mark.parametrize("ending", ["csv", "CSV", "parquet", "json"])
+def test_tables_with_the_columns_of_jsonl_are_the_same_task(ending: str, tmp_path: Path) -> None:
+    """As pandas writes them, numbers of rows and all; cells without a value are none."""
+    table, path = pd.DataFrame(ROWS), tmp_path / f"mine.{ending}"
+    if ending == "parquet":
+        table.set_index("item", drop=False).rename_axis(None).to_parquet(path)
+    elif ending == "json":
+        table.to_json(path, orient="records")
+    else:
+        table.to_csv(path)
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    ours, theirs = (named_task(path, {}) for path in (path, tmp_path / "mine.jsonl"))
+    assert isinstance(ours, JsonlTask)
+    assert isinstance(theirs, JsonlTask)
+    assert ours.examples_read == theirs.examples_read
+    assert ours.without_context(ours.examples_read[0]) == theirs.without_context(theirs.examples_read[0])
+    (cell,) = fitting_study({"folder": "x"}, path, {"seed": 3}).cells.values()
+    assert (cell.task, cell.options) == ("jsonl", {"file": str(path), "seed": 3})
+
+
+@pytest.mark.parametrize(
+    ("passage", "said", "true"),
+    [("context", "context_answer", "memory_answer"), ("passage", "generalized", "memorized")],
+)
+def test_questions_with_passages_need_no_name_of_a_task(passage: str, said: str, true: str, tmp_path: Path) -> None:
+    rows = [{"question": f"Who is {n}?", passage: f"It is Ann{n}.", said: f"Ann{n}", true: f"Bob{n}"} for n in range(8)]
+    pd.DataFrame(rows).to_csv(tmp_path / "mine.csv", index=False)
+    task = named_task(tmp_path / "mine.csv", {})
+    example = draw(task, rng(), 1, "conflict", "fit")[0]
+    assert isinstance(task, QATask)
+    assert (example.memorized or "").startswith(" Bob")
+    assert f"It is{example.generalized}." in example.prompt
+    (cell,) = fitting_study({"folder": "x"}, tmp_path / "mine.csv", {}).cells.values()
+    named = {"context": passage, "context_answer": said, "memory_answer": true}
+    assert (cell.task, cell.options) == ("qa", {"file": str(tmp_path / "mine.csv")} | named)
+
+
+def test_a_json_file_holds_a_list_of_objects(tmp_path: Path) -> None:
+    for text, message in (
+        ('{"item": 1}', "holds dict; a list of objects is wanted"),
+        ("[1]", "row 1: int where an obj"),
+    ):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            named_task(tmp_path / "bad.json", {})

@@ -11,16 +11,20 @@ import typer
 
 import mnemoscope as ms
 from mnemoscope.cli import given
-from mnemoscope.cli.shared import app, named_parts, open_model, options, say, weights_note
+from mnemoscope.cli.shared import app, formatted, named_parts, open_model, options, say, weights_note
 
 AT_A_TIME = 4  # processes of a report, which each hold the largest table of a cell
+MOST = 1_000_000  # examples of a kind that are written: each is held in memory, about a kilobyte
+_RUN, _ARENA = "Run folder; default runs/STUDY.", "Run folder; an interrupted arena continues there."
+_FITTED = "Run folder: pairs, vectors, detector, report."
+_SERVED = "With --server: its model; default: the run's."
 NOT_EXPORTED = "note: vectors of this fit cannot be exported; --positions all fits some that can"
 
 
 @app.command()
 def run(
     study: Annotated[str, typer.Argument(help="quickstart, paper, smollm2, or a YAML file.")] = "quickstart",
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Run folder; default runs/STUDY.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help=_RUN, callback=given.of_out)] = None,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds; default: the study's.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="As cells.inference.model.layers=6.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: as processors allow.")] = None,
@@ -42,12 +46,13 @@ def run(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a study's or an arena's.")],
     beside: Annotated[list[Path] | None, typer.Option(help="Another arena's run, shown on the same page.")] = None,
     as_json: given.AsJson = False,
 ) -> None:
     """Rebuild the results and the page of a run, a study's or an arena's, from its records."""
     from mnemoscope.report import build_arena
+    from mnemoscope.runs.digests import check_run
     from mnemoscope.runs.processes import in_processes
 
     results = run / "results.json"
@@ -57,7 +62,7 @@ def report(
     elif (run / "arena" / "frame.json").is_file():
         page, results = build_arena(run, beside or ()), run / "arena" / "results.json"
     else:
-        raise ms.InputError(f"RUN: {run} is not a run folder (it has no study.yaml)")
+        check_run(run)
     say(as_json, page, run=run, results=results, report=page)
 
 
@@ -65,7 +70,7 @@ def report(
 def fit(
     model: given.Model,
     task: given.Task,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Run folder: pairs, vectors, detector, report.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help=_FITTED, callback=given.of_out)],
     option: given.TaskOptions = None,
     settings: Annotated[int, typer.Option(help="Settings tried in either direction, at most; 8 or more.")] = 48,
     positions: Annotated[str, typer.Option(help="decision, or all: every token, for export.")] = "decision",
@@ -81,15 +86,19 @@ def fit(
     as_json: given.AsJson = False,
 ) -> None:
     """Find pairs, fit vectors and a detector for a model of yours on your data, and judge them; one run folder."""
+    from mnemoscope.face.recipe import Choices
     from mnemoscope.runs.processes import quiet_library
+    from mnemoscope.tasks import named_task
 
-    asked: dict[str, Any] = {"settings": settings, "positions": positions, "aim": aim}
-    asked |= {"lost": lost, "neither": neither, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
+    asked: dict[str, Any] = {"settings": settings, "positions": positions, "aim": aim, "lost": lost, "neither": neither}
+    Choices(**asked)
+    named_task(task, given_options := options(option))
+    how = formatted(chat, reply)
+    asked |= {"dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
     # Processes of one thread each do not wait for one another, and round as one alone would.
     asked |= {"workers": threads or os.cpu_count() or 1, "threads": 1, "progress": not as_json}
     quiet_library()
-    how = ms.Prompting(chat, reply=reply)
-    summary = ms.fit(model, task=task, out=out, prompting=how, options=options(option), **asked).summary()
+    summary = ms.fit(model, task=task, out=out, prompting=how, options=given_options, **asked).summary()
     page = out / "report.html"
     say(as_json, f"{summary}\n{page}", run=out, report=page, tasks=summary.brief())
     if not as_json and positions != "all":
@@ -109,12 +118,13 @@ def check(
     as_json: given.AsJson = False,
 ) -> None:
     """See what a model does with your data before a fit: answers, pairs, what is known, time, what to add."""
-    from mnemoscope.face.check import check_task
     from mnemoscope.tasks import named_task
 
     made = named_task(task, options(option))
+    prompting = formatted(chat, reply).of(made)
+    from mnemoscope.face.check import check_task
+
     opened, tokenizer = open_model(model, dtype, layout, device_map)
-    prompting = ms.Prompting(chat, reply=reply).of(made)
     found = check_task(ms.Asking(opened, tokenizer, made.boundary, 32, prompting), made)
     say(as_json, found, **asdict(found))
 
@@ -123,7 +133,7 @@ def check(
 def arena(
     model: given.Model,
     task: given.Task,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Run folder; an interrupted arena continues there.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help=_ARENA, callback=given.of_out)],
     method: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated. Default: all.")] = None,
     option: given.TaskOptions = None,
     size: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: prompts or steps, as conflicts=80.")] = None,
@@ -135,8 +145,17 @@ def arena(
     as_json: given.AsJson = False,
 ) -> None:
     """Compare every way to make a model follow its text, or its memory, on one frozen set of conflicts."""
-    asked: dict[str, Any] = {"methods": method, "options": options(option), "sizes": options(size)}
-    asked |= {"prompting": ms.Prompting(chat, reply=reply), "name": model, "progress": not as_json}
+    from mnemoscope.config import parse_arena
+    from mnemoscope.interventions.registry import check_method
+    from mnemoscope.tasks import named_task
+
+    asked: dict[str, Any] = {"methods": method, "options": options(option), "sizes": options(size, "--size")}
+    parse_arena(asked["sizes"])
+    ms.allow_code(*(one for one in method or () if "." in one))  # it is the user who names it
+    for one in method or ():
+        check_method(one)
+    named_task(task, asked["options"])
+    asked |= {"prompting": formatted(chat, reply), "name": model, "progress": not as_json}
     page = ms.arena(*open_model(model, dtype, layout, device_map), task, out, **asked)
     say(as_json, page, run=out, results=out / "arena" / "results.json", page=page)
 
@@ -155,7 +174,7 @@ def tasks(as_json: given.AsJson = False) -> None:
 def data(
     task: Annotated[str, typer.Argument(help="A task, see `mnemoscope tasks`.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="JSONL file to write.")],
-    n: Annotated[int, typer.Option("-n", min=1, help="Examples of each kind.")] = 100,
+    n: Annotated[int, typer.Option("-n", min=1, max=MOST, help="Examples of each kind.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Decides everything that is drawn.")] = 0,
     option: given.TaskOptions = None,
     as_json: given.AsJson = False,
@@ -183,8 +202,10 @@ def doctor(
     model: given.MaybeModel = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to check with; at least two.")] = None,
     server: Annotated[str | None, typer.Option(help="http://HOST:PORT of a vLLM server with our plugin.")] = None,
-    source: Annotated[Path | None, typer.Option("--from", help="With --server: the run that it has.")] = None,
-    named: Annotated[str | None, typer.Option("--model", help="With --server: its model; default: the run's.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="With --server: its run.", callback=given.of_source)
+    ] = None,
+    named: Annotated[str | None, typer.Option("--model", help=_SERVED, callback=given.of_model)] = None,
     long: Annotated[int | None, typer.Option(min=1, help="With --server: tokens of prompts of several passes.")] = None,
     certify: Annotated[bool, typer.Option("--certify", help="With --server: say in cards what passed.")] = False,
     dtype: given.Dtype = "float32",

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-import mnemoscope as ms
 from mnemoscope.cli import given
-from mnemoscope.cli.shared import app, options, say
+from mnemoscope.cli.shared import app, formatted, options, say
 
+_SPLIT, _CONTRAST = "Of the task, what is asked: fit, tune or test.", "A site where behaviours are compared by layer."
+SITES = ("block", "attention", "mlp", "neuron")
 SHOWN = {"worked out": "conflict_generalized", "remembered": "conflict_memorized", "other": "conflict_other"}
 SHOWN |= {"new right": "novel_accuracy", "recalled": "recall"}
 
@@ -47,12 +48,14 @@ def emergence(
         typer.Argument(metavar="CHECKPOINT...", help="Folders, a trainer's output folder, or hub ids (ID@REVISION)."),
     ],
     task: given.Task,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table and the picture.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the table and the picture.", callback=given.of_out)
+    ],
     option: given.TaskOptions = None,
     examples: Annotated[int, typer.Option(min=1, help="Questions of each kind, at most.")] = 200,
     rephrasings: Annotated[int, typer.Option(min=0, help="Of each conflict, to find pairs; 0: no pairs.")] = 1,
-    split: Annotated[str, typer.Option(help="fit, tune or test: of the task, what is asked.")] = "tune",
-    contrast: Annotated[str | None, typer.Option(help="A site where the behaviours are compared by layer.")] = None,
+    split: Annotated[str, typer.Option(help=_SPLIT, callback=given.one_of("split", "fit", "tune", "test"))] = "tune",
+    contrast: Annotated[str | None, typer.Option(help=_CONTRAST, callback=given.one_of("contrast", *SITES))] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or id with it, where checkpoints have none.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides which questions are drawn.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per pass, at most.")] = 64,
@@ -63,11 +66,17 @@ def emergence(
     as_json: given.AsJson = False,
 ) -> None:
     """Ask the checkpoints of a training, one after another, and draw how both behaviours emerged."""
+    from mnemoscope.runs.processes import quiet_library
+    from mnemoscope.tasks import named_task
+
+    named_task(task, options(option))
+    prompting = formatted(chat, reply)
     from mnemoscope.watch.checkpoints import measure_checkpoints
     from mnemoscope.watch.curve import PICTURE
 
+    quiet_library()
     how: dict[str, Any] = {"examples": examples, "rephrasings": rephrasings, "split": split, "contrast": contrast}
-    how |= {"seed": seed, "batch_size": batch_size, "prompting": ms.Prompting(chat, reply=reply)}
+    how |= {"seed": seed, "batch_size": batch_size, "prompting": prompting}
     opening, rows = {"dtype": dtype, "device_map": device_map, "tokenizer": tokenizer}, []
     for row in measure_checkpoints(checkpoints, task, options(option), out, opening, **how):
         rows.append(row)

@@ -1,28 +1,94 @@
-"""Arguments and options that several commands take, in the groups of the help."""
+"""Arguments and options that several commands take, in the groups of the help; checked before anything is opened."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from pkgutil import resolve_name
+from typing import Annotated, Any
 
 import typer
 
-_opening = partial(typer.Option, rich_help_panel="How the model is opened")
-_formatting = partial(typer.Option, rich_help_panel="How prompts are formatted")
+from mnemoscope.runs.errors import InputError, meant
+
 _A_MODEL = "Folder or hub id of a causal model, or smollm2, or gemma3-270m."
 _CODE = "package.module:Class of a task of yours: its code is run. May be repeated; no file allows one."
+_TASK = "A task, see `mnemoscope tasks`, or a file of your own: JSONL, CSV, Parquet or JSON."
+_SOURCE = "A run, a cell of one, or the file of a vector or a detector."
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=_A_MODEL)]
-MaybeModel = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_A_MODEL)]
-Prompts = Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Prompts to answer or to read.")]
-Source = Annotated[Path, typer.Option("--from", help="A run, a cell of one, or the file of a vector or a detector.")]
-Task = Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")]
+
+def checked(check: Callable[[Any], object]) -> Callable[[Any], Any]:
+    """A callback that checks every value given for an option, so that a mistake costs no import of torch."""
+
+    def callback(value: Any) -> Any:
+        for one in value if isinstance(value, list | tuple) else [] if value is None else [value]:
+            check(one)
+        return value
+
+    return callback
+
+
+def by(place: str) -> Callable[[Any], Any]:
+    """A callback that calls the function at a place, which is imported only then."""
+    return checked(lambda value: resolve_name(place)(value))
+
+
+def one_of(field: str, *allowed: str) -> Callable[[Any], Any]:
+    """A callback that refuses all but some names."""
+
+    def check(value: str) -> None:
+        if value not in allowed:
+            raise InputError(f"{field}: {value!r} is not one of {', '.join(allowed)}{meant(value, allowed)}")
+
+    return checked(check)
+
+
+def named_parts(layout: str | None) -> dict[str, str] | None:
+    """The paths in ``--layout`` by name."""
+    return dict(part.partition("=")[::2] for part in layout.split(",")) if layout else None
+
+
+def _opened(**how: Any) -> None:
+    resolve_name("mnemoscope.config:parse_model")({"folder": ".", **how})
+
+
+def _source(path: Path) -> None:
+    if not (path.is_file() and path.with_suffix(".json").is_file()):
+        resolve_name("mnemoscope.runs.digests:cells_of")(path)
+
+
+def _out(folder: Path) -> None:
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    if folder == Path() or not above.is_dir():
+        raise InputError(f"out: {above} is {'no name' if above.is_dir() else 'a file'}; name a folder for the run")
+
+
+def _prompt(text: str) -> None:
+    if not text:
+        raise InputError("prompt: '' is empty; give each prompt as one argument, in quotes")
+
+
+_opening = partial(typer.Option, rich_help_panel="How the model is opened")
+_formatting = partial(typer.Option, rich_help_panel="How prompts are formatted")
+of_model, of_run = by("mnemoscope.models:check_named"), by("mnemoscope.runs.digests:check_run")
+of_source, of_out, of_toward = checked(_source), checked(_out), by("mnemoscope.face.stored:known_behaviour")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_A_MODEL, callback=of_model)]
+MaybeModel = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_A_MODEL, callback=of_model)]
+Prompts = Annotated[
+    list[str], typer.Argument(metavar="PROMPT...", help="To answer or read.", callback=checked(_prompt))
+]
+Source = Annotated[Path, typer.Option("--from", help=_SOURCE, callback=of_source)]
+Task = Annotated[str, typer.Option(help=_TASK, callback=by("mnemoscope.tasks:described_task"))]
 TaskOptions = Annotated[list[str] | None, typer.Option(help="NAME=VALUE: an option of the task, as hops=2.")]
 AllowCode = Annotated[list[str] | None, typer.Option(help=_CODE)]
-Dtype = Annotated[str, _opening(help="float32, bfloat16, float16 or auto.")]
+Dtype = Annotated[
+    str, _opening(help="float32, bfloat16, float16 or auto.", callback=checked(lambda name: _opened(dtype=name)))
+]
 DeviceMap = Annotated[str | None, _opening(help="Device: cuda or auto (needs accelerate); default: the CPU.")]
-Parts = Annotated[str | None, _opening(help="blocks=..,attention=..,mlp=..,down=..: paths of its parts.")]
+_PARTS = checked(lambda layout: _opened(layout=named_parts(layout)))
+Parts = Annotated[str | None, _opening(help="blocks=..,attention=..,mlp=..,down=..: its parts.", callback=_PARTS)]
 Force = Annotated[bool, _opening("--force", help="Accept what was fitted on another model of the same shape.")]
 AsChat = Annotated[bool, _formatting("--chat", help="By the chat template of the tokenizer.")]
 Reply = Annotated[str, _formatting(help="With --chat: how the reply begins; the model continues it.")]

@@ -36,8 +36,6 @@ def prove_server(
 
     if source is None:
         raise InputError("from: missing; name the run that the server has: --from RUN")
-    if not source.exists():
-        raise InputError(f"from: {source} does not exist")
     server, named = Server(url), opening[0] or _model_of(source)
     opened = open_model(named, *opening[1:])
     fitted, texts, found = Fitted.open(source, *opened), prompts or _prompts_of(source), []

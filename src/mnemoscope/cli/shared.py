@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import mnemoscope as ms
+from mnemoscope.cli.given import named_parts
 from mnemoscope.runs.errors import STOPPED
 
 FULL = "disk: no space is left; finished stages are kept, so make room and run the command again"
@@ -108,19 +109,24 @@ def say(as_json: bool, text: object, **facts: Any) -> None:
     typer.echo(dumped(plain) if as_json else text)
 
 
-def named_parts(layout: str | None) -> dict[str, str] | None:
-    """The paths in ``--layout`` by name."""
-    return dict(part.partition("=")[::2] for part in layout.split(",")) if layout else None
+def formatted(chat: bool, reply: str) -> Any:
+    """The format of prompts, by the options of the command line; what makes no sense is refused before torch is there.
+
+    Raises InputError where a reply is begun without a chat.
+    """
+    if reply and not chat:
+        raise ms.InputError(f"reply: {reply!r} is a part of a chat; add --chat, or write it at the end of the prompt")
+    return ms.Prompting(chat, reply=reply)
 
 
-def options(given: list[str] | None) -> dict[str, Any]:
+def options(given: list[str] | None, name: str = "--option") -> dict[str, Any]:
     """Options of a task, from ``name=value``; values are YAML."""
     from mnemoscope.runs.yaml import parse_yaml
 
     pairs = [o.partition("=") for o in given or []]
     if any(not equals for _, equals, _ in pairs):
-        raise ms.InputError(f"--option: {given!r} is not of the form name=value")
-    return {name: parse_yaml(value, f"--option {name}") for name, _, value in pairs}
+        raise ms.InputError(f"{name}: {given!r} is not of the form name=value")
+    return {field: parse_yaml(value, f"{name} {field}") for field, _, value in pairs}
 
 
 def weights_note(model: str) -> str | None:

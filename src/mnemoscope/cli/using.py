@@ -10,12 +10,19 @@ import typer
 
 import mnemoscope as ms
 from mnemoscope.cli import given
-from mnemoscope.cli.shared import app, open_model, say, weights_note
+from mnemoscope.cli.shared import app, formatted, open_model, say, weights_note
 
 GATE = "Steer only where the other behaviour is at least so probable (0 to 1), memory and prompt seem to disagree, and "
 GATE += "the prompt is like those that the detector was fitted on."
+TOWARD = "generalized or memorized; of documents: context or memory."
+LEVERS = ("words", "decoding", "shift", "low-rank", "adapter")
 LEVER = "words, decoding (two passes), adapter, shift or low-rank; default: what did best on tune."
 BARE = "The question of a prompt without its text, one for each prompt; default: from its last question mark's line on."
+_FILE = "A vector (.safetensors), or a run or cell of one."
+_TO = "gguf: for llama.cpp; checkpoint: a model with it baked in."
+_ITS_MODEL = "The model it was made on; needed for a checkpoint."
+_RUNS = "A run folder; default: those in runs/."
+_OF_RUN = "Of a run that did not train one: its folder or hub id."
 READ = ("p_memorized", "p_conflict", "unlike", "distance", "readable_from", "p_memorized_by_layer")
 
 
@@ -24,10 +31,10 @@ def steer(
     model: given.Model,
     prompts: given.Prompts,
     source: given.Source,
-    toward: Annotated[str, typer.Option(help="generalized or memorized; of documents: context or memory.")],
+    toward: Annotated[str, typer.Option(help=TOWARD, callback=given.of_toward)],
     alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector; 0 leaves the model as it is.")] = 1.0,
-    gate: Annotated[float | None, typer.Option(help=GATE)] = None,
-    lever: Annotated[str | None, typer.Option(help=LEVER)] = None,
+    gate: Annotated[float | None, typer.Option(min=0.0, max=1.0, help=GATE)] = None,
+    lever: Annotated[str | None, typer.Option(help=LEVER, callback=given.one_of("lever", *LEVERS))] = None,
     bare: Annotated[list[str] | None, typer.Option(help=BARE)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind each prompt, at most.")] = 20,
     go_on: Annotated[bool, typer.Option("--go-on", help="Show what follows an answer too.")] = False,
@@ -40,7 +47,7 @@ def steer(
     as_json: given.AsJson = False,
 ) -> None:
     """Generate unsteered, and by the best lever of a direction."""
-    fitted = _fitted(source, force, ms.Prompting(chat, reply=reply), model, dtype, layout, device_map)
+    fitted = _fitted(source, force, formatted(chat, reply), model, dtype, layout, device_map)
     fitted = fitted.use(toward, lever) if lever else fitted
     used = fitted.lever(toward)
     if alike := getattr(used, "begin_alike", 0.0):
@@ -81,7 +88,7 @@ def detect(
     """Estimate, before it answers, how probably a model will follow its memory, and where that becomes readable."""
     import numpy as np
 
-    fitted = _fitted(source, force, ms.Prompting(chat, reply=reply), model, dtype, layout, device_map)
+    fitted = _fitted(source, force, formatted(chat, reply), model, dtype, layout, device_map)
     reading = fitted.detect(prompts)
     columns = (np.asarray(getattr(reading, name)).tolist() for name in READ)
     rows = [dict(zip(("prompt", *READ), row, strict=True)) for row in zip(prompts, *columns, strict=True)]
@@ -94,13 +101,13 @@ def detect(
 
 @app.command()
 def export(
-    file: Annotated[Path, typer.Argument(metavar="FILE|RUN", help="A vector (.safetensors), or a run or cell of one.")],
-    to: Annotated[str, typer.Option(help="gguf: for llama.cpp; checkpoint: a model with it baked in.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE|RUN", help=_FILE, callback=given.of_source)],
+    to: Annotated[str, typer.Option(help=_TO, callback=given.one_of("to", "gguf", "checkpoint"))],
     out: Annotated[Path, typer.Option("-o", "--out", help="What to write: a new file, or a new or empty folder.")],
-    toward: Annotated[str | None, typer.Option(help="Of a run: generalized or memorized, context or memory.")] = None,
-    model: Annotated[str | None, typer.Option(help="The model it was made on; needed for a checkpoint.")] = None,
+    toward: Annotated[str | None, typer.Option(help=f"Of a run: {TOWARD}", callback=given.of_toward)] = None,
+    model: Annotated[str | None, typer.Option(help=_ITS_MODEL, callback=given.of_model)] = None,
     alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector.")] = 1.0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto; what is written has it.")] = "float32",
+    dtype: given.Dtype = "float32",
     layout: given.Parts = None,
     force: given.Force = False,
     as_json: given.AsJson = False,
@@ -133,10 +140,10 @@ def export(
 
 @app.command()
 def serve(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder; default: those in runs/.")] = None,
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help=_RUNS, callback=given.of_run)] = None,
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     siblings: Annotated[bool, typer.Option("--siblings", help="Show the runs beside RUN too.")] = False,
-    model: Annotated[str | None, typer.Option(help="Of a run that did not train one: its folder or hub id.")] = None,
+    model: Annotated[str | None, typer.Option(help=_OF_RUN, callback=given.of_model)] = None,
     allow_code: given.AllowCode = None,
 ) -> None:
     """Open the playground: ask a model in the browser, and steer its answers.
@@ -167,7 +174,5 @@ def _verdict(row: dict[str, Any], layer: int) -> str:
 
 
 def _fitted(source: Path, force: bool, prompting: Any, model: str, *opening: Any) -> Any:
-    """Open vectors and detector with their model; a missing path is refused before a large model is opened."""
-    if not source.exists():
-        raise ms.InputError(f"from: {source} does not exist")
+    """Open vectors and detector with their model."""
     return ms.Fitted.open(source, *open_model(model, *opening), prompting=prompting, force=force)

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from mnemoscope.config import SteeringConfig, StudyConfig, parse_study
 from mnemoscope.runs.errors import InputError
-from mnemoscope.tasks import Task, allow_code, examples_digest
+from mnemoscope.tasks import Task, described_task, examples_digest
 
 # Tried in each layer; standardized NMD, as huge activations of a few neurons would dominate the plain one.
 METHODS = ("standardized-nmd", "gradient")
@@ -107,9 +107,9 @@ def fitting_study(
 
     Args:
         model: fields of ``ModelConfig``.
-        task: a task's name, ``package.module:Class``, the path of a JSONL file, or a task; ``options``: of the task.
+        task: a task's name, ``package.module:Class``, the path of a file of rows, or a task; ``options``: of the task.
 
-    Raises InputError where the file does not exist.
+    Raises InputError where the task is unknown, or the file does not exist.
     """
     choices = choices or Choices()
     if isinstance(task, Task):
@@ -117,10 +117,8 @@ def fitting_study(
         name, options = f"{type(task).__module__}:{type(task).__name__}", {"digest": examples_digest(task)[:16]}
     else:
         name = str(task)
-        allow_code(name)  # it is the user who names it
-    is_file = name.endswith(".jsonl")
-    if is_file and not Path(name).is_file():
-        raise InputError(f"task: the file {name} does not exist")
+    kind, given = (name, {}) if isinstance(task, Task) else described_task(name)
+    given |= {"file": str(Path(given["file"]).resolve())} if given else {}
     layers = {"layers": [f"spread-{choices.settings // ONE_LAYER}"]}
     steering = STEERING | {
         "methods": choices.methods,
@@ -132,11 +130,11 @@ def fitting_study(
     }
     steering |= {"draws": CLAIMED} if choices.aim == "pairs" else {}
     cell = MEASURED | {
-        "task": "jsonl" if is_file else name,
-        "options": {"file": str(Path(name).resolve()), **options} if is_file else options,
+        "task": kind,
+        "options": given | options,
         "model": model,
         "steering": steering,
     }
-    label = Path(name).stem if is_file else name.rpartition(":")[2]
+    label = Path(name).stem if given else name.rpartition(":")[2]
     label = re.sub(r"[^A-Za-z0-9_.-]+", "-", label).lstrip("_.-")[:100] or "mine"
     return parse_study({"study": "fit", "threads": choices.threads, "cells": {label: cell}})

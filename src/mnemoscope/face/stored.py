@@ -19,7 +19,7 @@ from mnemoscope.interventions import (
     readable,
 )
 from mnemoscope.interventions.detect import Detector
-from mnemoscope.runs.digests import check_closed, intact, is_there
+from mnemoscope.runs.digests import cells_of, check_closed, intact, is_there
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.schemas import CellFacts
 from mnemoscope.runs.strict import read_json, read_text
@@ -41,7 +41,7 @@ def vector_file(source: Path, toward: str | None) -> Path:
         InputError: it has no vectors, several cells, or no such vector; or ``toward`` is no behaviour.
     """
     check_closed(source)
-    cells = _cells(source)
+    cells = cells_of(source)
     if len(cells) > 1:
         raise InputError(f"FILE: {source} has several cells; name one of {', '.join(map(str, cells))}")
     found = best_paths(cells[0]).get(f"to_{known_behaviour(toward)}")
@@ -80,7 +80,7 @@ def vectors_of(levers: Mapping[Toward, Mapping[str, Intervention]]) -> dict[Towa
 
 def cell_of(source: Path, found: Binding) -> Path:
     """The only cell of a run (or the cell itself), or the one whose vectors were fitted on this model."""
-    cells = _cells(source)
+    cells = cells_of(source)
     if len(cells) == 1:
         return cells[0]
     bound = ((cell, read_json(intact(cell / "cell.json"), CellFacts).get("binding")) for cell in cells)
@@ -92,18 +92,6 @@ def cell_of(source: Path, found: Binding) -> Path:
     if not fitting:
         raise InputError(f"weights: no cell of {source} was fitted on this model, which has {found.weights}")
     return fitting[0]
-
-
-def _cells(source: Path) -> list[Path]:
-    """The cells of a run that have chosen vectors, or the cell itself; InputError without any."""
-    places = ("records/chosen.json", "cells/*/records/chosen.json")
-    cells = [path.parent.parent for place in places for path in sorted(source.glob(place))]
-    if not cells:
-        raise InputError(
-            f"from: {source} is neither a vector, a detector, nor a run that has chosen vectors; one that was "
-            "stopped goes on with the command that began it"
-        )
-    return cells
 
 
 def agreed(stored: Prompting, asked: Prompting | None) -> Prompting:

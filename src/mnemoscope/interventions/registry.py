@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.resources import files
 from typing import Any
 
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, meant
 from mnemoscope.tasks import allowed_code
 
 PLACES = ("mnemoscope.interventions.methods", "mnemoscope.rivals")
@@ -41,7 +41,7 @@ def check_method(method: str) -> str:
     name = name_of(method)
     path = _modules().get(name) or {name_of(one): one for one in allowed_code() if ":" not in one}.get(name)
     if path is None:
-        known = f"methods: {method!r} is not one of {', '.join(_modules())}"
+        known = f"methods: {method!r} is not one of {', '.join(_modules())}{meant(name, _modules())}"
         how = f"if you trust it, --allow-code {method} at the command line, mnemoscope.allow_code in Python"
         raise InputError(f"{known}, and importing it would run its code; {how}" if "." in method else known)
     return path

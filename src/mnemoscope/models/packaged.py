@@ -10,12 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from mnemoscope.runs.digests import check_stage, write_marker
 from mnemoscope.runs.errors import InputError, meant
-from mnemoscope.runs.files import file_hash
 
 QUANTIZED = "Q4-dequantized"  # shown with every number of a packaged model
-CONVERTED = "converted"  # the stage whose marker has the digests of its files
 CONFIGURED = ("config.json", "adapter_config.json")  # one of them is in every folder of a model
 
 
@@ -68,8 +65,7 @@ def check_named(source: str | Path) -> None:
     elif path.is_file():
         raise InputError(f"model: {name} is a file; give the folder that holds it")
     elif not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name, re.ASCII):
-        beside = [str(one) for one in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise InputError(f"model: the folder {name} does not exist{meant(name, beside)}")
+        raise InputError(f"model: the folder {name} does not exist{meant(name, map(str, path.parent.glob('*')))}")
     elif why := _missing_on_hub(name):
         others = meant(name, PACKAGED) or f"; models as packages are {' and '.join(PACKAGED)}"
         raise InputError(f"model: {name} cannot be opened: there is no such folder, and {why}{others}")
@@ -84,66 +80,55 @@ def _missing_on_hub(name: str) -> str:
         return ""
     if constants.HF_HUB_OFFLINE:
         return "the hub is not asked (HF_HUB_OFFLINE)"
+    address, waiting = f"{constants.ENDPOINT}/api/models/{name}", constants.HF_HUB_ETAG_TIMEOUT
     try:
-        address = f"{constants.ENDPOINT}/api/models/{name}"
-        answer = get_session().head(address, headers=build_hf_headers(), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        answer = get_session().head(address, headers=build_hf_headers(), timeout=waiting)
     except Exception as error:  # its HTTP library has many kinds
         return f"the hub cannot be reached ({(str(error).splitlines() or [type(error).__name__])[0]})"
     return "the hub has none that it shows you" if answer.status_code in (401, 404) else ""
 
 
-def _check_installed(name: str) -> None:
-    """Raises InputError where a package of a packaged model is missing, and its folder is not there either."""
-    for package in PACKAGED[name].packages:
-        if not _folder_of(name).exists() and find_spec(package.replace("-", "_")) is None:
-            raise InputError(f"model: {name!r} needs the package {package}: {PACKAGED[name].install}")
-
-
-def _folder_of(name: str) -> Path:
-    """Where the weights of a packaged model are kept, under the user's cache or ``MNEMOSCOPE_CACHE``."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = Path(os.environ.get("MNEMOSCOPE_CACHE") or Path(base) / "mnemoscope")
-    return cache / f"{PACKAGED[name].full_name}-{QUANTIZED.lower()}"
+def _check_installed(name: str) -> Path:
+    """Where a packaged model is kept once it is made; InputError where it is not there, and a package is missing."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnemoscope"
+    cache, packaged = Path(os.environ.get("MNEMOSCOPE_CACHE") or base), PACKAGED[name]
+    folder = cache / f"{packaged.full_name}-{QUANTIZED.lower()}"
+    for package in packaged.packages:
+        if not folder.exists() and find_spec(package.replace("-", "_")) is None:
+            raise InputError(f"model: {name!r} needs the package {package}: {packaged.install}")
+    return folder
 
 
 def unpacked(source: str | Path) -> str | Path:
     """The folder of a packaged model, made at its first use; any other folder or hub id as it is.
 
-    Its weights are dequantized to float32 once, into a plain Hugging Face folder, which is made again where it is not
-    as it was written. InputError where a package is missing, or has other weights.
+    Its weights are dequantized to float32 once, into a plain Hugging Face folder under the user's cache, or
+    ``MNEMOSCOPE_CACHE``; what is not there as it was written is made again. InputError where a package is missing.
     """
-    name = str(source)
-    if name not in PACKAGED:
+    from mnemoscope.runs.digests import is_as_written, write_marker
+    from mnemoscope.runs.files import file_hash
+
+    if str(source) not in PACKAGED:
         return source
-    packaged, folder = PACKAGED[name], _folder_of(name)
-    if _is_as_written(folder):
+    packaged, folder = PACKAGED[str(source)], _check_installed(str(source))
+    if is_as_written(folder, "converted"):
         return folder
-    _check_installed(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
         made = Path(beside) / "model"
         try:
             packed = _weights_file(packaged.packages[0].replace("-", "_"), Path(beside))
             if packaged.sha256 not in ("", file_hash(packed)):
-                raise ValueError(f"the digest of {packed} differs from that of the published weights")
+                raise ValueError(f"the digest of {packed} is not that of the published weights")
             _convert(packed, made)
         except (ImportError, OSError, ValueError) as error:
-            raise InputError(f"model: {name!r} cannot be converted ({error}); {packaged.install}") from error
-        write_marker(made, CONVERTED, list(made.iterdir()))
-        if not _is_as_written(folder):  # another process may have been quicker
-            if folder.exists():
-                folder.rename(Path(beside) / "before")
+            raise InputError(f"model: {source!r} cannot be converted ({error}); {packaged.install}") from error
+        write_marker(made, "converted", list(made.iterdir()))
+        if folder.exists() and not is_as_written(folder, "converted"):  # another process may have been quicker
+            folder.rename(Path(beside) / "before")
+        if not folder.exists():
             made.rename(folder)
     return folder
-
-
-def _is_as_written(folder: Path) -> bool:
-    """Whether all files of a converted model have the digests that they were written with."""
-    try:
-        check_stage(folder, CONVERTED)
-    except InputError:
-        return False
-    return True
 
 
 def _weights_file(module: str, beside: Path) -> Path:

@@ -11,7 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,14 @@ def check_stage(folder: Path, name: str) -> None:
         raise InputError(f"artefact: {path} is missing; the run may not be finished")
     for file, digest in read_marker(path)["files"].items():
         _check(folder / file, folder, digest)
+
+
+def is_as_written(folder: Path, name: str) -> bool:
+    """Whether a stage has finished, and its files are what it wrote."""
+    with suppress(InputError):
+        check_stage(folder, name)
+        return True
+    return False
 
 
 def intact(path: Path) -> Path:
@@ -143,3 +151,23 @@ def inside(folder: Path, name: str) -> Path:
     if not name or name.startswith(".") or any(part in name for part in ("/", "\\", "\0")):
         raise InputError(f"{folder}: {name!r} is no name of a file in it")
     return folder / name
+
+
+def cells_of(source: Path) -> list[Path]:
+    """The cells of a run that have chosen vectors, or the cell itself; InputError without any."""
+    if not source.exists():
+        raise InputError(f"from: {source} does not exist")
+    places = ("records/chosen.json", "cells/*/records/chosen.json")
+    cells = [path.parent.parent for place in places for path in sorted(source.glob(place))]
+    if not cells:
+        raise InputError(
+            f"from: {source} is neither a vector, a detector, nor a run that has chosen vectors; one that was "
+            "stopped goes on with the command that began it"
+        )
+    return cells
+
+
+def check_run(folder: Path) -> None:
+    """Raises InputError where a folder is no run of a study."""
+    if not (folder / "study.yaml").is_file():
+        raise InputError(f"RUN: {folder} is not a run folder (it has no study.yaml)")

@@ -22,5 +22,6 @@ from mnemoscope.tasks.registry import (
     build_task,
     check_allowed,
     describe_tasks,
+    described_task,
     named_task,
 )

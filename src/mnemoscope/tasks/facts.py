@@ -12,7 +12,7 @@ from itertools import product
 
 from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks.known import ASKS, LABELS, WORDINGS, Fact, How, KnownTask, check_fitted_and_held_out
-from mnemoscope.tasks.tables import names_of, read_rows
+from mnemoscope.tasks.tables import Row, names_of, read_rows
 
 FRAMES: dict[str, str] = WORDINGS["facts"]["frames"]
 BARE: str = WORDINGS["facts"]["bare"]
@@ -115,8 +115,10 @@ def _countries() -> dict[Fact, list[str]]:
 def _read_table(table: str) -> tuple[dict[str, dict[str, str]], dict[Fact, list[str]]]:
     """Relations and facts of a table; InputError names the row at fault."""
     relations, facts = dict(RELATIONS), dict[Fact, list[str]]()
-    for where, row in read_rows(table, ("relation", "subject", "value"), option="table"):
-        name, subject, value = names_of(where, row, "relation", "subject", "value")
+    fields = ("relation", "subject", "value")
+
+    def read(where: str, row: Row) -> None:
+        name, subject, value = names_of(where, row, *fields)
         if name not in relations:
             relations[name] = {field: str(row.get(field) or "") for field in RELATIONS["capital"]}
             for field, text in relations[name].items():
@@ -127,4 +129,6 @@ def _read_table(table: str) -> tuple[dict[str, dict[str, str]], dict[Fact, list[
                 except (KeyError, IndexError, ValueError, AttributeError) as error:
                     raise InputError(f"{where}: {field} is {text!r}; only {{n}} and {{v}} may be in braces") from error
         facts.setdefault((name, subject), []).append(value)
+
+    read_rows(table, fields, read, option="table")
     return relations, facts

@@ -1,4 +1,4 @@
-"""Tasks from JSONL files: one example a line, no code."""
+"""Tasks from files of your own: one example a line or row, no code."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from typing import Any
 
 import numpy as np
 
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, meant
 from mnemoscope.tasks.base import INSTRUCTIONS, Example, Kind, Split, Task, assign_splits
 from mnemoscope.tasks.tables import Row, read_rows
 
 ANSWERS = ("memorized", "generalized", "answer")
+INDEX = ("", "Unnamed: 0", "__index_level_0__")  # columns in which tables keep the numbers of their rows
 FIELDS = ("item", "prompt", *ANSWERS, "kind", "group", "family", "split", "bare")
 
 
 @dataclass(kw_only=True, eq=False)
 class JsonlTask(Task):
-    """Examples read from a JSONL file; several lines with one ``item`` are its phrasings.
+    """Examples read from a file (JSONL, CSV, Parquet, JSON); several lines with one ``item`` are its phrasings.
 
     Args:
-        file: path of the file. Each line has ``item``, ``prompt`` and either ``memorized`` and ``generalized`` or
-            ``answer``; optionally ``kind`` (default: conflict with two answers, else memory), ``group`` (default: the
-            item), ``family``, ``split`` (default: groups are dealt 2 : 1 : 1) and, for context-aware decoding,
+        file: path of the file. Each line or row has ``item``, ``prompt`` and either ``memorized`` and ``generalized``
+            or ``answer``; optionally ``kind`` (default: conflict with two answers, else memory), ``group`` (default:
+            the item), ``family``, ``split`` (default: groups are dealt 2 : 1 : 1) and, for context-aware decoding,
             ``bare``: the prompt of a conflict without the text that contradicts memory.
         boundary: texts of which one closes every answer, each a token; by default an answer ends with its last word.
         seed: deals the groups to the splits.
 
-    Raises InputError where a line is malformed or gives an item other answers (its number is named), a group is in two
-    splits, or the file has no conflict.
+    Raises InputError where lines are malformed or give an item other answers (their numbers are named), a group is in
+    two splits, or the file has no conflict.
     """
 
     name = "jsonl"
@@ -45,18 +46,13 @@ class JsonlTask(Task):
         self.examples_read: list[Example] = []
         self._bare: dict[str, str] = {}
         self._phrasings: dict[str, list[Example]] = defaultdict(list)
-        rows = {where: _parsed(where, row) for where, row in read_rows(self.file, ())}
-        given = {row["group"]: row["split"] for row in rows.values() if "split" in row}
-        undealt = sorted({row["group"] for row in rows.values()} - set(given))
-        split_of: dict[str, Split] = given | assign_splits(undealt, np.random.default_rng([self.seed, 3]))
         first: dict[tuple[str, str], tuple[str, Any]] = {}
-        for where, row in rows.items():
-            bare = row.pop("bare", None)
-            try:
-                example = Example(**{"split": split_of[row["group"]], **row})
-            except InputError as error:
-                raise InputError(f"{where}: {error}") from error
-            _check_agrees(where, example, first)
+        rows = read_rows(self.file, (), lambda where, row: _read(where, row, first))
+        given: dict[str, Split] = {example.group: example.split for example, has_split, _ in rows if has_split}
+        undealt = sorted({example.group for example, *_ in rows} - set(given))
+        split_of = given | assign_splits(undealt, np.random.default_rng([self.seed, 3]))
+        for example, _, bare in rows:
+            example = replace(example, split=split_of[example.group])
             self.examples_read.append(example)
             if example.kind == "conflict":
                 self._phrasings[example.item].append(example)
@@ -87,12 +83,29 @@ def write_jsonl(examples: list[Example]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def _read(where: str, row: Row, first: dict[tuple[str, str], tuple[str, Any]]) -> tuple[Example, bool, str | None]:
+    """The example in a line, whether its split is given, and its bare prompt; see ``_check_agrees``."""
+    fields = _parsed(where, row)
+    bare = fields.pop("bare", None)
+    try:
+        example = Example(**fields)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    _check_agrees(where, example, "split" in fields, first)
+    return example, "split" in fields, bare
+
+
 def _parsed(where: str, row: Row) -> dict[str, Any]:
     """The fields of a line that have a value, all of them text, with the group and kind that it has by default."""
-    row = {field: value for field, value in row.items() if value is not None}
+    # Cells without a value are empty in CSV, None or NaN in Parquet; numbers may name items.
+    row = {field: value for field, value in row.items() if value not in (None, "") and value == value}
+    row = {field: value for field, value in row.items() if field not in INDEX}
+    row |= {name: str(row[name]) for name in ("item", "group") if type(row.get(name)) is int}
     for field, value in row.items():
         if field not in FIELDS:
-            raise InputError(f"{where}: field {field!r} is unknown; known are {', '.join(FIELDS)}")
+            raise InputError(
+                f"{where}: field {field!r} is unknown; known are {', '.join(FIELDS)}{meant(field, FIELDS)}"
+            )
         if not isinstance(value, str):
             raise InputError(f"{where}: {field} is {value!r}; text is wanted")
         if field in ANSWERS and value != value.rstrip():
@@ -105,12 +118,14 @@ def _parsed(where: str, row: Row) -> dict[str, Any]:
     return {"group": row["item"], "kind": kind} | row
 
 
-def _check_agrees(where: str, example: Example, first: dict[tuple[str, str], tuple[str, Any]]) -> None:
+def _check_agrees(where: str, example: Example, has_split: bool, first: dict[tuple[str, str], tuple[str, Any]]) -> None:
     """Raises InputError where a line contradicts one before it; ``first`` has what the first line of each name said."""
     said: list[tuple[str, str, Any, str]] = [
-        ("group", example.group, f"split {example.split!r}", "all examples of a group belong to one split"),
         ("prompt", example.prompt, f"group {example.group!r}", "what is asked twice belongs to one group"),
     ]
+    if has_split:
+        why = "all examples of a group belong to one split"
+        said.append(("group", example.group, f"split {example.split!r}", why))
     if example.kind == "conflict":
         why = "give it an item of its own (a 'group' keeps items in one split)"
         said.append(("item", example.item, f"answers {example.options}", why))

@@ -44,8 +44,8 @@ class MemotrapTask(KnownTask):
     def __post_init__(self) -> None:
         check_fitted_and_held_out(frames=(self.frames, self.held_out_frames, FAMILIES))
         true, said = defaultdict[Fact, list[str]](list), defaultdict[Fact, list[str]](list)
-        for where, row in read_rows(self.file, (self.prompt, self.answers, self.asked_for)):
-            beginning, ending, asked_for = self._read(where, row)
+        fields = (self.prompt, self.answers, self.asked_for)
+        for beginning, ending, asked_for in read_rows(self.file, fields, self._read):
             if not re.search(rf"(?<!\w){re.escape(ending)}(?!\w)", beginning, flags=re.IGNORECASE):
                 true[RELATION, beginning].append(ending)
                 said[RELATION, beginning].append(asked_for)

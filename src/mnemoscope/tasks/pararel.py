@@ -11,7 +11,7 @@ from pathlib import Path
 from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks.base import check_range
 from mnemoscope.tasks.known import LABELS, WORDINGS, Fact, How, KnownTask, check_fitted_and_held_out
-from mnemoscope.tasks.tables import names_of, read_rows, texts_of
+from mnemoscope.tasks.tables import Row, names_of, read_rows, texts_of
 
 FRAMES: dict[str, str] = WORDINGS["pararel"]["frames"]
 SLOTS: dict[str, list[str]] = {"label": LABELS, **WORDINGS["pararel"]["slots"]}
@@ -86,12 +86,15 @@ class PararelTask(KnownTask):
     def _read_patterns(self, relation: str) -> dict[str, list[str]]:
         """The patterns of a relation as statements, with a full stop, and as stems, which a value completes."""
         path, found = f"{self.folder}/patterns/{relation}.jsonl", []
-        for where, row in read_rows(path, (self.pattern,)):
+
+        def read(where: str, row: Row) -> None:
             text = texts_of(where, row, self.pattern)[0].removesuffix(".").rstrip()
             if text.count("[X]") != 1 or text.count("[Y]") != 1:
                 raise InputError(f"{where}: {self.pattern} is {text!r}; wanted is a text with one [X] and one [Y]")
             if " a [Y]" not in text and " an [Y]" not in text:  # no article fits both answers
                 found.append(text)
+
+        read_rows(path, (self.pattern,), read)
         stems = [text.removesuffix("[Y]").rstrip() for text in found if text.endswith("[Y]") and "," not in text]
         if not stems:
             raise InputError(f"file: {path} has no pattern without a comma that ends in [Y], so none can ask")
@@ -99,8 +102,8 @@ class PararelTask(KnownTask):
 
     def _read_facts(self, relation: str) -> dict[Fact, list[str]]:
         found = defaultdict[Fact, list[str]](list)
-        for where, row in read_rows(f"{self.folder}/facts/{relation}.jsonl", (self.subject, self.value)):
-            subject, value = names_of(where, row, self.subject, self.value)
+        path, fields = f"{self.folder}/facts/{relation}.jsonl", (self.subject, self.value)
+        for subject, value in read_rows(path, fields, lambda where, row: names_of(where, row, *fields)):
             found[relation, subject].append(value)
         return {
             fact: list(dict.fromkeys(values))

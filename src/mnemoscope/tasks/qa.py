@@ -60,10 +60,9 @@ class QATask(KnownTask):
         self.passages: dict[tuple[Fact, str], str] = {}
         true, given = dict[Fact, list[str]](), defaultdict[Fact, list[str]](list)
         fields = (self.question, self.context, self.context_answer, *filter(None, [self.memory_answer]))
-        for where, row in read_rows(self.file, fields, self.dataset_split):
-            fact, answer, memorized = self._read(where, row)
+        for fact, answer, memorized, passage in read_rows(self.file, fields, self._read, self.dataset_split):
             given[fact].append(answer)
-            self.passages.setdefault((fact, answer), texts_of(where, row, self.context)[0])
+            self.passages.setdefault((fact, answer), passage)
             if memorized:
                 true.setdefault(fact, memorized)
         self.wrong = {
@@ -86,13 +85,13 @@ class QATask(KnownTask):
         message, _, label = prompt.rpartition("\n")
         return message, label
 
-    def _read(self, where: str, row: Row) -> tuple[Fact, str, list[str]]:
-        """The question, the answer that its passage gives, and the true ones, if there are any."""
+    def _read(self, where: str, row: Row) -> tuple[Fact, str, list[str], str]:
+        """The question, the answer that its passage gives, the true ones, if there are any, and the passage."""
         question, answer = names_of(where, row, self.question, self.context_answer)
         memorized = texts_of(where, row, self.memory_answer) if self.memory_answer and row[self.memory_answer] else []
         for other in memorized if answer not in memorized else ():
             check_apart(where, memory_answer=other, context_answer=answer)
-        return (RELATION, question), answer, memorized
+        return (RELATION, question), answer, memorized, texts_of(where, row, self.context)[0]
 
     def _add_agreeing(self, true: dict[Fact, list[str]], given: dict[Fact, list[str]]) -> None:
         """For questions without a passage that gives the true answer: a passage of theirs with the answers swapped."""

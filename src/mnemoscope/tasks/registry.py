@@ -8,9 +8,10 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, get_type_hints
 
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, meant
 from mnemoscope.runs.strict import checked
 from mnemoscope.tasks.base import Task
+from mnemoscope.tasks.tables import ENDINGS, columns_of, is_file_of_rows
 
 TASKS = {  # where the class of each built-in task is
     "inference": "mnemoscope.paper.inference:InferenceTask",
@@ -26,6 +27,8 @@ TASKS = {  # where the class of each built-in task is
 }
 
 
+# Columns of the two answers beside a question and a passage: the passage's, and memory's.
+TWO_ANSWERS = (("context_answer", "memory_answer"), ("passage_answer", "memory_answer"), ("generalized", "memorized"))
 _allowed: set[str] = set()  # import paths whose code this process may run
 
 
@@ -46,7 +49,8 @@ def allowed_code() -> tuple[str, ...]:
 def check_allowed(kind: str) -> None:
     """Raises InputError for what is neither a task's name in ``TASKS`` nor an allowed import path."""
     if kind not in TASKS and ":" not in kind:
-        raise InputError(f"task: {kind!r} is unknown; known are {', '.join(TASKS)}, or package.module:Class")
+        known = f"known are {', '.join(TASKS)}, files that end in {', '.join(ENDINGS)}, or package.module:Class"
+        raise InputError(f"task: {kind!r} is unknown; {known}{meant(kind, TASKS)}")
     if kind not in TASKS and kind not in _allowed:
         how = f"if you trust it, --allow-code {kind} at the command line, mnemoscope.allow_code in Python"
         raise InputError(f"task: {kind!r} is no built-in task, and importing it would run its code; {how}")
@@ -65,7 +69,8 @@ def build_task(kind: str, options: dict[str, Any], seed: int) -> Task:
     for option, value in options.items():
         if option not in accepted:
             allowed = ", ".join(name for name in accepted if name != "seed")
-            raise InputError(f"task.options.{option}: task {kind!r} has no such option; it has {allowed}")
+            has = f"it has {allowed}{meant(option, accepted)}"
+            raise InputError(f"task.options.{option}: task {kind!r} has no such option; {has}")
         if option in hints:
             checked(value, hints[option], f"task.options.{option}")
     if "seed" in accepted:
@@ -76,18 +81,32 @@ def build_task(kind: str, options: dict[str, Any], seed: int) -> Task:
         raise InputError(f"task.options: task {kind!r} refuses {options}: {error}") from error
 
 
-def named_task(named: Any, options: dict[str, Any], seed: int = 0) -> Task:
-    """The task that a user names: one itself, its name, the path of a JSONL file, or a class (whose code is run).
+def described_task(name: str) -> tuple[str, dict[str, Any]]:
+    """The kind and options of what a user names: a kind itself, a class (whose code may then run), or a file of rows.
 
-    Raises InputError as ``build_task``, and where there is no such file.
+    A file is a task by its columns: questions with passages and two answers are ``qa``, others ``jsonl``. Raises
+    InputError where the kind is unknown, or there is no such file.
     """
+    if not is_file_of_rows(name):
+        allow_code(*[name] if ":" in name else [])  # it is the user who names it
+        check_allowed(name)
+        return name, {}
+    if not Path(name).is_file():
+        raise InputError(f"task: the file {name} does not exist{meant(name, map(str, Path(name).parent.glob('*.*')))}")
+    columns = columns_of(name)
+    answers = next((two for two in TWO_ANSWERS if set(two) <= set(columns)), None)
+    passage = next((one for one in ("passage", "context") if one in columns), None)
+    if "question" not in columns or passage is None or answers is None:
+        return "jsonl", {"file": name}
+    return "qa", {"file": name, "context": passage, "context_answer": answers[0], "memory_answer": answers[1]}
+
+
+def named_task(named: Any, options: dict[str, Any], seed: int = 0) -> Task:
+    """The task that a user names: one itself, or what ``described_task`` takes; errors as it, and as ``build_task``."""
     if isinstance(named, Task):
         return named
-    name = str(named)
-    if name.endswith(".jsonl"):
-        return build_task("jsonl", {"file": name, **options}, seed)
-    allow_code(name)
-    return build_task(name, options, seed)
+    kind, given = described_task(str(named))
+    return build_task(kind, given | options, seed)
 
 
 def describe_tasks() -> dict[str, str]:

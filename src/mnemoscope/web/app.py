@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mnemoscope.config import NAME
 from mnemoscope.report import page_style
-from mnemoscope.runs.digests import intact
+from mnemoscope.runs.digests import check_run, intact
 from mnemoscope.runs.errors import InputError
 from mnemoscope.study.cells import version
 from mnemoscope.web import api
@@ -233,8 +233,7 @@ def serve(
     """
     root, first = Path("runs").resolve(), None
     if run is not None:
-        if not (Path(run) / "study.yaml").is_file():
-            raise InputError(f"RUN: {run} is not a run folder (it has no study.yaml)")
+        check_run(Path(run))
         folder = Path(run).resolve()
         root, first = folder.parent, folder.name
         if not re.fullmatch(NAME, first):
