@@ -16,9 +16,10 @@ from printing import FOLDER, head, lines_of, table
 
 from mnemoscope.report.page import Table
 from mnemoscope.report.rows import Part, parts_of
-from mnemoscope.report.stories.arena import KEPT, TOWARDS
+from mnemoscope.report.stories.arena import KEPT
 from mnemoscope.report.stories.arena_page import across_tables, arena_name, facts_of, sentence, tables_of
 from mnemoscope.report.words import percent
+from mnemoscope.runs.toward import Toward
 from mnemoscope.statistics import Estimate
 
 OURS = ("gradient", "learned", "low-rank")
@@ -59,7 +60,7 @@ def page(written: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield from map(captioned, aims(found))
     for results in found:
         yield f"## {arena_name(results)}\n\n{facts_of(results)}\n"
-        for toward in TOWARDS:
+        for toward in Toward:
             yield f"- {sentence(results, toward)}"
         yield ""
         yield from map(captioned, tables_of(results))
@@ -70,7 +71,7 @@ def kinds(found: Sequence[Part]) -> Table:
     rows = []
     for kind, names in KINDS.items():
         row = [kind]
-        for toward in TOWARDS:
+        for toward in Toward:
             cells = []
             for results in found:
                 of_kind = [results["methods"][name][toward] for name in names if name in results["methods"]]
@@ -78,7 +79,7 @@ def kinds(found: Sequence[Part]) -> Table:
                     cells.append(max(of_kind, key=worth))
             row += [spread(cell.wanted.estimate for cell in cells), spread(cell["lost"] for cell in cells)]
         rows.append(row)
-    columns = [f"{toward}: {what}" for toward in TOWARDS for what in ("wanted", "lost")]
+    columns = [f"{toward}: {what}" for toward in Toward for what in ("wanted", "lost")]
     return Table(
         f"Median (range) of {len(found)} arenas, of each kind the method best on tune", ["kind", *columns], rows
     )
@@ -97,7 +98,7 @@ def spread(shares: Iterable[float]) -> str:
 
 def aims(found: Sequence[Part]) -> Iterator[Table]:
     """In how many directions the best of our methods by the tune split meets each aim, and the comparisons."""
-    told = [compared(results, toward) for results in found for toward in TOWARDS if set(OURS) & set(results["methods"])]
+    told = [compared(results, toward) for results in found for toward in Toward if set(OURS) & set(results["methods"])]
     if told:
         counted = [[aim, f"{sum(met[aim] for _, met in told)} of {len(told)}"] for aim in told[0][1]]
         yield Table("Directions in which an aim is met", ["aim", "directions"], counted)

@@ -22,7 +22,7 @@ from made_up import write_run
 from mnemoscope.behaviour import Asking, draw_candidates, mine_pairs
 from mnemoscope.bench.lists import DrawnBench
 from mnemoscope.config import ModelConfig, parse_arena
-from mnemoscope.interventions import OPPOSITE, Intervention, Toward
+from mnemoscope.interventions import Intervention, Toward
 from mnemoscope.interventions.methods import candidates, method_names, name_of
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
 from mnemoscope.paper.loop import train
@@ -99,7 +99,7 @@ def fitted(bench: DrawnBench) -> dict[tuple[str, Toward], Intervention]:
     """A setting of every method in both directions, the one in the middle of its candidates."""
     allow_code(*PLANTED)
     every = (*method_names(), *PLANTED)
-    found = {(name_of(name), side): candidates(name, bench, side) for name in every for side in OPPOSITE}
+    found = {(name_of(name), side): candidates(name, bench, side) for name in every for side in Toward}
     return {key: several[len(several) // 2] for key, several in found.items()}
 
 

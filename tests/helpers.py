@@ -188,7 +188,7 @@ class GivenBench(Bench):
 def vector_of(
     bench: Bench,
     method: str,
-    toward: Toward = "generalized",
+    toward: Toward = Toward.GENERALIZED,
     labels: Labels = ANSWERED,
     **other: Any,
 ) -> SteeringVector:

@@ -16,7 +16,7 @@ from mnemoscope.bench.answers import steered
 from mnemoscope.bench.choose import COST, STANDING_IN, Rated, Rule, Tuned, choose, in_order, rate
 from mnemoscope.bench.lists import Lists
 from mnemoscope.bench.prompts import Prompts
-from mnemoscope.interventions import SteeringVector
+from mnemoscope.interventions import SteeringVector, Toward
 from mnemoscope.interventions.controls import CONTROLS, DRAWN, SHUFFLED, control_draws
 from mnemoscope.interventions.learning import wanted_batches
 from mnemoscope.interventions.methods import low_rank, nmd
@@ -99,9 +99,9 @@ def test_every_method_keeps_its_norm_layers_and_neurons(asking: Asking, bench: G
         assert 0 < (shift_LD != 0).sum() <= np.ceil(top * 64 * len(layers))
         assert np.linalg.norm(shift_LD / bench.sources("block").norm_L[:, None]) == pytest.approx(0.2, rel=1e-5)
         if method != "learned":
-            assert (vector + vector_of(bench, method, "memorized", top=top, layers=layers)).layers == []
-    vector_of(bench, method, "memorized", Labels(5), top=0.5)
-    kept, alone = (vector_of(one, method, "memorized", top=0.5) for one in (bench, bench_of(asking)))
+            assert (vector + vector_of(bench, method, Toward.MEMORIZED, top=top, layers=layers)).layers == []
+    vector_of(bench, method, Toward.MEMORIZED, Labels(5), top=0.5)
+    kept, alone = (vector_of(one, method, Toward.MEMORIZED, top=0.5) for one in (bench, bench_of(asking)))
     np.testing.assert_array_equal(kept.dense(2, 64), alone.dense(2, 64))
 
 
@@ -199,10 +199,10 @@ def test_shuffled_labels_ask_both_sides_equally_often(asking: Asking) -> None:
     many, few = with_prefixes(small, examples[:48]), with_prefixes(small, examples[48:])
     lists = {"generalized": many, "memorized": few}
     found = FitLists(small, lists, lists, {})  # type: ignore[arg-type]
-    asked = list(wanted_batches(found, "generalized", Labels(0)))
+    asked = list(wanted_batches(found, Toward.GENERALIZED, Labels(0)))
     assert np.mean([any(one.batch is batch for batch in few) for one in asked]) == 0.5
     assert all(abs(int((2 * one.option_N - 1).sum())) <= 1 for one in asked)
-    assert len(list(wanted_batches(found, "generalized", ANSWERED))) == 2 * len(many)
+    assert len(list(wanted_batches(found, Toward.GENERALIZED, ANSWERED))) == 2 * len(many)
 
 
 def test_permuted_answers_are_those_of_other_items_and_neither_of_ones_own(asking: Asking) -> None:
@@ -218,7 +218,7 @@ def test_permuted_answers_are_those_of_other_items_and_neither_of_ones_own(askin
         assert text not in [option.strip() for option in examples[item].options]
     assert abs(2 * sum(text in memorized for text in texts.values()) - len(texts)) <= 1
     assert found != lists.permuted(4)
-    asked = list(wanted_batches(lists, "generalized", Labels(3, permuted=True)))
+    asked = list(wanted_batches(lists, Toward.GENERALIZED, Labels(3, permuted=True)))
     given = [tokens for one in asked for tokens in one.instead or ()]
     assert len(given) == 4 * 40, "both sides, or it would teach to leave one"
     assert {tuple(tokens) for tokens in given} == {tuple(tokens) for tokens in found.values()}
@@ -251,9 +251,9 @@ def test_what_is_learned_together_is_what_is_learned_alone(asking: Asking, site:
     sources = bench_of(replace(asking, batch_size=16), 6).sources(site)  # type: ignore[arg-type]
     for permuted in (False, True):
         fits = [(strength, Labels(seed, permuted)) for seed in range(2) for strength in (0.3, 0.1)]
-        together = learned_together(sources, "memorized", (1,), positions, fits)  # type: ignore[arg-type]
+        together = learned_together(sources, Toward.MEMORIZED, (1,), positions, fits)  # type: ignore[arg-type]
         for fit, found_LD in zip(fits, together, strict=True):
-            (alone_LD,) = learned_together(sources, "memorized", (1,), positions, [fit])  # type: ignore[arg-type]
+            (alone_LD,) = learned_together(sources, Toward.MEMORIZED, (1,), positions, [fit])  # type: ignore[arg-type]
             assert np.linalg.norm(alone_LD[1]) > 0
             assert not alone_LD[0].any()
             np.testing.assert_allclose(found_LD, alone_LD, atol=1e-4 * np.abs(alone_LD).max())
@@ -264,7 +264,7 @@ def test_what_is_learned_together_is_what_is_learned_alone(asking: Asking, site:
 
 
 def low_rank_of(bench: GivenBench, labels: Labels = ANSWERED) -> SteeringVector:
-    return replace(low_rank._vector(bench, "memorized", (0, 1), labels), setting={"layers": [0, 1]})
+    return replace(low_rank._vector(bench, Toward.MEMORIZED, (0, 1), labels), setting={"layers": [0, 1]})
 
 
 @pytest.mark.parametrize("taught", [True, False])
@@ -277,7 +277,7 @@ def test_a_low_rank_shift_learns_from_a_teacher_and_from_the_wanted_answer(askin
     was_N, is_N = (steered(asking, prepare(asking, examples), one).margin_N for one in (vector * 0.0, vector))
     assert is_N.mean() < was_N.mean(), "towards the memorized answers"
     assert all(parameter.grad is None for parameter in asking.model.parameters())
-    half, *_, whole = low_rank.candidates(bench, "memorized")
+    half, *_, whole = low_rank.candidates(bench, Toward.MEMORIZED)
     assert isinstance(half, SteeringVector)
     assert isinstance(whole, SteeringVector)
     assert (half.strength, whole.strength) == (0.5, 1.0)

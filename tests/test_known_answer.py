@@ -30,14 +30,14 @@ from known_switch import (
 )
 from mnemoscope.behaviour import Batch, PairBatch, Scores, draw_candidates, mine_pairs, score
 from mnemoscope.bench.answers import steered
-from mnemoscope.interventions import OPPOSITE, Held, SteeringVector, Toward, edited
+from mnemoscope.interventions import Held, SteeringVector, Toward, edited
 from mnemoscope.interventions.controls import control_draws
 from mnemoscope.interventions.sources import ANSWERED, FitLists, Labels, with_prefixes
 from mnemoscope.models import SITES, Site
 from mnemoscope.statistics.contrast import Contrast, ContrastAccumulator
 from mnemoscope.tasks import SPLITS, Split, draw
 
-SIDES: tuple[Toward, ...] = ("generalized", "memorized")  # of a pair, in this order
+SIDES = tuple(Toward)  # of a pair, in this order
 PAIRS = 200  # fitted on
 WHAT_DIFFERS = ("nmd", "standardized-nmd", "logistic", "whitened", "pca")
 METHODS = (*WHAT_DIFFERS, "gradient", "learned")  # the last two ask what acts, the others what differs
@@ -104,7 +104,7 @@ def states_at(site: Site) -> np.ndarray:
 
 
 def vector(
-    site: Site, method: str, toward: Toward = "generalized", layer: int | None = None, labels: Labels = ANSWERED
+    site: Site, method: str, toward: Toward = Toward.GENERALIZED, layer: int | None = None, labels: Labels = ANSWERED
 ) -> SteeringVector:
     """As many neurons as the switch has, moved so far that they outvote the largest majority."""
     known = KNOWN[site]
@@ -123,7 +123,7 @@ def found(one: SteeringVector) -> list[int]:
 def shift_rate(one: SteeringVector) -> float:
     """Share of the test phrasings that a vector steers."""
     decider = KNOWN[one.site].decider
-    batches = sides("test", decider)[OPPOSITE[one.toward]]
+    batches = sides("test", decider)[one.toward.opposite]
     return share_of(steered(model_of(decider), batches, one), one.toward)
 
 
@@ -184,7 +184,7 @@ def test_the_contrast_knows_layer_and_neurons_at_every_site(site: Site) -> None:
 def test_every_method_finds_the_switch_and_steers_by_it(site: Site, method: str) -> None:
     known = KNOWN[site]
     bench = bench_at(known.decider)
-    for toward in OPPOSITE:
+    for toward in Toward:
         one = vector(site, method, toward)
         assert found(one) == sorted(known.neurons)
         assert shift_rate(one) >= 0.95

@@ -89,7 +89,7 @@ def test_rules_of_decoding_are_their_formulas_token_by_token() -> None:
 
 def test_shifted_heads_are_hooks_on_the_output_projection(bench: DrawnBench) -> None:
     model, ids = bench.asking.model, ids_one(bench)
-    one, sources = iti.candidates(bench, "generalized")[-1], bench.sources("head")
+    one, sources = iti.candidates(bench, Toward.GENERALIZED)[-1], bench.sources("head")
     heads, width = heads_of(model, 0)
     states = sources.states_P2LD.reshape(len(sources.states_P2LD), 2, -1, heads, width).astype(np.float64)
     rank = iti.accuracies(states, [pair.group for pair, _ in bench.pairs])

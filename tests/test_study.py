@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import dump_study, load_study, parse_study
-from mnemoscope.interventions import OPPOSITE, SteeringVector
+from mnemoscope.interventions import SteeringVector, Toward
 from mnemoscope.models import load_model
 from mnemoscope.runs.errors import InputError, StudyError
 from mnemoscope.study.cells import cells_of
@@ -71,7 +71,7 @@ def test_no_group_of_a_fitted_tuned_or_calibrated_list_is_judged(copied: Path) -
     (cell,) = cells_of(load_study(str(copied / "study.yaml")), copied)
     asking, rng = cell_model(cell), np.random.default_rng(0)
     bench = RecordedBench.of(cell, asking)
-    records, chosen_on = bench.records, [bench.choosing(toward) for toward in OPPOSITE]
+    records, chosen_on = bench.records, [bench.choosing(toward) for toward in Toward]
     taken: dict[str, list[Example]] = {
         "fit": [*bench.fit_conflicts.examples, *bench.fit_agreeing.examples],
         "tune": [*bench.tune_conflicts.examples, *(e for one in chosen_on for e in one.targets.examples)],

@@ -26,7 +26,7 @@ from mnemoscope.behaviour import (
     log_probabilities,
     states_at_the_end,
 )
-from mnemoscope.interventions import SteeringVector, edited
+from mnemoscope.interventions import SteeringVector, Toward, edited
 from mnemoscope.models import (
     PLAINLY,
     SITES,
@@ -148,7 +148,7 @@ class _Patient:
             shift_D = torch.randn(states_ND.shape[-1], generator=generator)
             norm = float(states_ND.norm(dim=-1).mean())
             shifts[layer] = shift_D * STRENGTH * norm / float(shift_D.norm()) / math.sqrt(len(states_LND))
-        return SteeringVector("generalized", shifts, site=site)
+        return SteeringVector(Toward.GENERALIZED, shifts, site=site)
 
     def check(self, name: str, difference: Any, size: Any = 1.0) -> Check:
         """A check of numbers of some size."""

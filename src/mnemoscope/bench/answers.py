@@ -39,7 +39,7 @@ from mnemoscope.behaviour import (
     written,
 )
 from mnemoscope.bench.prompts import Prompts
-from mnemoscope.interventions import Intervention, Quoted, SteeringVector
+from mnemoscope.interventions import Intervention, Quoted, SteeringVector, Toward
 from mnemoscope.interventions.detect import Detector, Reading
 from mnemoscope.models import (
     Precision,
@@ -55,7 +55,7 @@ from mnemoscope.tasks import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NOTHING = Intervention(toward="generalized")
+NOTHING = Intervention(toward=Toward.GENERALIZED)
 EARLIEST = 8  # tokens before a cut in neutral text, at least
 
 

@@ -18,7 +18,7 @@ from mnemoscope.bench.gate import THRESHOLD, fitted_detector, readings
 from mnemoscope.bench.lists import LISTS, DrawnBench
 from mnemoscope.bench.prompts import Prompts
 from mnemoscope.bench.varied import varied_lists
-from mnemoscope.interventions import OPPOSITE, Intervention, SteeringVector
+from mnemoscope.interventions import Intervention, SteeringVector, Toward
 from mnemoscope.interventions.controls import has_equal_norm, of_equal_norm
 from mnemoscope.interventions.detect import Detector
 from mnemoscope.models import context_length
@@ -63,11 +63,11 @@ class Frame:
             rows = pd.DataFrame([example.to_row() for example in prompts.examples])
             found = prompts.unsteered
             columns: dict[str, Any] = {"unsteered": found.behaviour_N, "margin": found.margin_N, "tie": found.tie_N}
-            columns |= dict.fromkeys(("p_memorized", *(f"acts_{toward}" for toward in OPPOSITE)), np.nan)
+            columns |= dict.fromkeys(("p_memorized", *(f"acts_{toward}" for toward in Toward)), np.nan)
             if self.detector and name in LISTS and len(prompts):
                 reading = readings(self.detector, prompts)
                 columns |= {"p_memorized": reading.p_memorized}
-                columns |= {f"acts_{one}": reading.acts(one, THRESHOLD).astype(float) for one in OPPOSITE}
+                columns |= {f"acts_{one}": reading.acts(one, THRESHOLD).astype(float) for one in Toward}
             parts.append(rows.assign(list=name, example=np.arange(len(rows)), **columns))
         return pd.concat([part for part in parts if len(part)], ignore_index=True)
 

@@ -24,7 +24,7 @@ from mnemoscope.behaviour import (
 )
 from mnemoscope.bench.prompts import Prompts
 from mnemoscope.config import ArenaConfig
-from mnemoscope.interventions import OPPOSITE, Toward
+from mnemoscope.interventions import Toward
 from mnemoscope.interventions.sources import (
     FitLists,
     Sources,
@@ -151,7 +151,7 @@ def fit_lists(
             prepared[id(examples)] = with_prefixes(asking, examples)
         return prepared[id(examples)]
 
-    asked = targets["memorized"], conflicts["memorized"]
+    asked = targets[Toward.MEMORIZED], conflicts[Toward.MEMORIZED]
     first, second = ([bare for e in examples if (bare := task.without_context(e))] for examples in asked)
     return FitLists(
         asking,
@@ -248,14 +248,14 @@ class DrawnBench(Bench):
         config = self.config
         found = spread(self.mined.pairs())[: config.pairs]
         sides = {"generalized": [one for one, _ in found], "memorized": [other for _, other in found]}
-        targets = {toward: each_once(sides[OPPOSITE[toward]]) for toward in OPPOSITE}
+        targets = {toward: each_once(sides[toward.opposite]) for toward in Toward}
         conflicts, kept = self.fit_conflicts.examples, [self.fit[name].examples for name in KEPT]
         return fit_lists(
             replace(self.asking, batch_size=config.batch),  # one batch a step
             self.task,
             targets,
-            dict.fromkeys(OPPOSITE, conflicts),
-            dict.fromkeys(OPPOSITE, kept),
+            dict.fromkeys(Toward, conflicts),
+            dict.fromkeys(Toward, kept),
             steps=config.steps,
             low_rank_steps=config.steps,
         )

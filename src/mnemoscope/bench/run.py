@@ -18,7 +18,7 @@ from mnemoscope.bench.choose import Rule, choose, rate
 from mnemoscope.bench.judge import TABLES, UNSTEERED, Frame
 from mnemoscope.bench.lists import DrawnBench, told_by_answers
 from mnemoscope.config import ArenaConfig, parse_arena
-from mnemoscope.interventions import OPPOSITE, Binding, Intervention, SteeringVector
+from mnemoscope.interventions import Binding, Intervention, SteeringVector, Toward
 from mnemoscope.interventions.controls import has_equal_norm
 from mnemoscope.interventions.methods import candidates, method_module, method_names, name_of
 from mnemoscope.interventions.shifts import norm_of
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 2  # 1: before two-pass methods had to close their answers
 ASKED = ("list", "example", "item", "prompt", "memorized", "generalized", "answer")
-FROZEN = (*ASKED, *(f"acts_{toward}" for toward in OPPOSITE))  # columns of the set that a continued arena must find
+FROZEN = (*ASKED, *(f"acts_{toward}" for toward in Toward))  # columns of the set that a continued arena must find
 CHOICES = ("sizes", "prompting", "name", "progress")
 
 
@@ -175,7 +175,7 @@ class _Run:
     def _method(self, name: str, frame: Frame) -> dict[str, Any]:
         """Fit, choose and judge a method in both directions; write its tables and return what was chosen."""
         bench, found, judged = frame.bench, dict[str, Any](), list[dict[str, pd.DataFrame]]()
-        for toward in OPPOSITE:
+        for toward in Toward:
             times = [time.perf_counter()]
             tried = candidates(name, bench, toward)
             times.append(time.perf_counter())

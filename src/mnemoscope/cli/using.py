@@ -113,13 +113,14 @@ def export(
     as_json: given.AsJson = False,
 ) -> None:
     """Write a vector for other programs; one with positions "all" only. Nothing that exists is overwritten."""
-    from mnemoscope.face.stored import known_behaviour, vector_file
+    from mnemoscope.face.stored import vector_file
+    from mnemoscope.interventions import Toward
     from mnemoscope.models import core_of
     from mnemoscope.serving.export import check_portable
 
     file = vector_file(file, toward) if file.is_dir() else file
     vector = alpha * ms.SteeringVector.load(file)
-    if toward is not None and known_behaviour(toward) != vector.toward:
+    if toward is not None and Toward.of(toward) != vector.toward:
         raise ms.InputError(f"toward: {toward!r}; the vector in {file} steers to {vector.toward}")
     check_portable(vector, to)  # before a large model is opened for nothing
     if out.exists() and (to == "gguf" or not out.is_dir() or any(out.iterdir())):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour import PLAIN, Asking, Prompting, check_known, phrase_of, states_at_the_end
-from mnemoscope.face.stored import agreed, artefacts_of, known_behaviour, vectors_of
+from mnemoscope.face.stored import agreed, artefacts_of, vectors_of
 from mnemoscope.interventions import Artefact, Binding, Intervention, SteeringVector, Toward
 from mnemoscope.interventions.detect import Detector, Reading
 from mnemoscope.runs.digests import intact
@@ -134,13 +134,13 @@ class Fitted:
         """By the behaviour they steer to, the best vectors: levers that act on states, inside a pass."""
         return vectors_of(self.levers)
 
-    def use(self, toward: Toward, lever: str) -> Fitted:
+    def use(self, toward: str, lever: str) -> Fitted:
         """The same with another lever for a direction: ``words``, ``decoding``, ``adapter``, ``shift``, ``low-rank``.
 
         Raises:
             InputError: it is no behaviour, or there is no such lever.
         """
-        behaviour = known_behaviour(toward)
+        behaviour = Toward.of(toward)
         there = self.levers.get(behaviour, {})
         if lever not in there:
             raise InputError(
@@ -148,13 +148,13 @@ class Fitted:
             )
         return replace(self, preferred={**self.preferred, behaviour: lever})
 
-    def lever(self, toward: Toward) -> Intervention:
+    def lever(self, toward: str) -> Intervention:
         """What ``generate`` answers with: the best lever of a direction, or the one that ``use`` has named.
 
         Raises:
             InputError: it is no behaviour, or there is none.
         """
-        behaviour = known_behaviour(toward)
+        behaviour = Toward.of(toward)
         there = self.levers.get(behaviour, {})
         if not there:
             raise InputError(
@@ -165,7 +165,7 @@ class Fitted:
     def generate(
         self,
         prompts: Sequence[str],
-        toward: Toward,
+        toward: str,
         alpha: float = 1.0,
         gate: float | None = None,
         max_new_tokens: int = 20,
@@ -234,7 +234,7 @@ class Fitted:
         return detector.read(np.concatenate(parts) if parts else np.empty((0, *detector.weights_LD.shape)))
 
     def steer(
-        self, toward: Toward, alpha: float | Sequence[float] | Tensor = 1.0, gate: float | None = None
+        self, toward: str, alpha: float | Sequence[float] | Tensor = 1.0, gate: float | None = None
     ) -> AbstractContextManager[None]:
         """Steer by the best vector inside a context, in any forward pass or ``generate``; see ``SteeringVector.apply``.
 
@@ -251,16 +251,16 @@ class Fitted:
             InputError: there is no such vector, what is used does not act inside a pass, there is no detector, or none
                 that reads below the vector.
         """
-        one = self.lever(toward) if known_behaviour(toward) in self.preferred else self.vector(toward)
+        one = self.lever(toward) if Toward.of(toward) in self.preferred else self.vector(toward)
         if type(one).apply is Intervention.apply:
             raise InputError(f"lever: {one.lever} act on prompts, not inside a pass; answer by fitted.generate")
         detector = None if gate is None else self.lower_detector or self._needed(self.detector)
         if detector:
             _warn_if_the_input_does(detector)
-        decides = detector.gate(toward, gate) if detector and gate is not None else None
+        decides = detector.gate(Toward.of(toward), gate) if detector and gate is not None else None
         return one.apply(self.model, alpha, gate=decides)
 
-    def gate(self, inputs: Any, threshold: float = 0.5, toward: Toward = "generalized") -> Tensor:
+    def gate(self, inputs: Any, threshold: float = 0.5, toward: str = "generalized") -> Tensor:
         """Factors of a gate for each prompt of a batch, 0.0 or 1.0, float32 (N,): ``steer(toward, alpha=factors)``.
 
         ``toward`` is that of the vector: the gate acts where the other behaviour is likely.
@@ -271,11 +271,11 @@ class Fitted:
         _warn_if_the_input_does(detector)
         layers = [detector.layer]
         states_NLD = states_at_the_end(self.model, inputs["input_ids"], inputs["attention_mask"], detector.site, layers)
-        acts_N = detector.read_verdict(states_NLD[:, 0]).acts(known_behaviour(toward), threshold)
+        acts_N = detector.read_verdict(states_NLD[:, 0]).acts(Toward.of(toward), threshold)
         return torch.from_numpy(acts_N).float()
 
     def answers(
-        self, prompts: Sequence[str], toward: Toward, gate: float | None = None, **how: Any
+        self, prompts: Sequence[str], toward: str, gate: float | None = None, **how: Any
     ) -> list[dict[str, Any]]:
         """Answer unsteered and by the best lever: ``prompt``, ``plain``, ``steered``, and ``acted`` (bool) of the gate.
 
@@ -286,13 +286,13 @@ class Fitted:
         rows = zip(prompts, plain, self.generate(prompts, toward, gate=gate, **how), acted, strict=True)
         return [dict(zip(("prompt", "plain", "steered", "acted"), row, strict=True)) for row in rows]
 
-    def vector(self, toward: Toward) -> SteeringVector:
+    def vector(self, toward: str) -> SteeringVector:
         """The best vector that steers to a behaviour.
 
         Raises:
             InputError: it is no behaviour, or there is no such vector.
         """
-        behaviour, vectors = known_behaviour(toward), self.vectors
+        behaviour, vectors = Toward.of(toward), self.vectors
         if behaviour not in vectors:
             raise InputError(f"toward: {self.source} has no vector to {toward}; it has {', '.join(vectors) or 'none'}")
         return vectors[behaviour]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mnemoscope.behaviour import Prompting
 from mnemoscope.interventions import (
-    OPPOSITE,
     Binding,
     Intervention,
     SteeringVector,
@@ -24,15 +22,6 @@ from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.schemas import CellFacts
 from mnemoscope.runs.strict import read_json, read_text
 
-ALSO: dict[str, Toward] = {"context": "generalized", "memory": "memorized"}  # what a user of documents calls them
-
-
-def known_behaviour(toward: Any) -> Toward:
-    behaviour = ALSO.get(toward, toward)
-    if behaviour not in OPPOSITE:
-        raise InputError(f"toward: {toward!r} is not one of {', '.join(OPPOSITE)}; of documents: {', '.join(ALSO)}")
-    return behaviour
-
 
 def vector_file(source: Path, toward: str | None) -> Path:
     """The file of the best vector of a run with one cell, or of a cell, that steers to a behaviour.
@@ -44,7 +33,7 @@ def vector_file(source: Path, toward: str | None) -> Path:
     cells = cells_of(source)
     if len(cells) > 1:
         raise InputError(f"FILE: {source} has several cells; name one of {', '.join(map(str, cells))}")
-    found = best_paths(cells[0]).get(f"to_{known_behaviour(toward)}")
+    found = best_paths(cells[0]).get(Toward.of(toward).direction)
     if found is None:
         raise InputError(f"toward: {source} has no vector to {toward}")
     return found

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
         read_artefact,
         readable,
     )
-    from mnemoscope.interventions.contract import OPPOSITE, Contrast, Intervention, Toward, load_intervention
+    from mnemoscope.interventions.contract import Contrast, Intervention, load_intervention
     from mnemoscope.interventions.edits import Edit, Held, LowRank, Scale, Shift
     from mnemoscope.interventions.hooks import Gate, Positions, edited
     from mnemoscope.interventions.vector import SteeringVector
     from mnemoscope.interventions.words import Quoted
+    from mnemoscope.runs.toward import Toward
 
 __getattr__, __all__ = handed_on(__name__, __file__)

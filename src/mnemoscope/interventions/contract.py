@@ -22,6 +22,7 @@ from mnemoscope.interventions.artefact import Artefact, read_artefact, tensors_f
 from mnemoscope.interventions.registry import method_module
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.schemas import InterventionFacts
+from mnemoscope.runs.toward import Toward
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from mnemoscope.interventions.words import Quoted
 
 Bench: TypeAlias = "lists.Bench"  # what methods are fitted on
-Toward = Literal["generalized", "memorized"]
-OPPOSITE: dict[Toward, Toward] = {"generalized": "memorized", "memorized": "generalized"}
 Contrast = Literal["bare", "cut"]  # with what a prompt is contrasted: its bare question, or itself without its text
 
 
@@ -62,8 +61,7 @@ class Intervention(Artefact):
     in_one_go: ClassVar[bool] = False  # whether options are read in one pass each, because passes belong together
 
     def __post_init__(self) -> None:
-        if self.toward not in OPPOSITE:
-            raise InputError(f"toward: {self.toward!r} is not one of {', '.join(OPPOSITE)}")
+        object.__setattr__(self, "toward", Toward.of(self.toward))
 
     def __repr__(self) -> str:
         chosen = ", ".join(f"{name} {value}" for name, value in self.setting.items())

@@ -72,7 +72,7 @@ class Reading:
         """
         if not 0 <= threshold <= 1:
             raise InputError(f"gate: {threshold} is not a probability, in 0 .. 1")
-        expected = self.p_memorized if toward == "generalized" else 1 - self.p_memorized
+        expected = self.p_memorized if Toward.of(toward) == "generalized" else 1 - self.p_memorized
         conflict = np.isnan(self.p_conflict) | (self.p_conflict >= 0.5)
         return (expected >= threshold) & conflict & ~self.unlike
 

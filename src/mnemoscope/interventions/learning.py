@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mnemoscope.behaviour import Asking, Batch, only_log_probability, with_options, with_suffixes, without_prefix
-from mnemoscope.interventions.contract import OPPOSITE, Toward
+from mnemoscope.interventions.contract import Toward
 from mnemoscope.interventions.sources import ANSWERED, FitLists, Labels, in_turn
 
 Applied = Callable[[int | None], AbstractContextManager[Any]]  # the decision column, None: the last of each prompt
@@ -43,7 +43,7 @@ def wanted_batches(lists: FitLists, toward: Toward, labels: Labels = ANSWERED) -
     Under a shuffle, half of the examples of both sides want either answer, or all want answers of other items. Asked on
     one side alone, both would still teach to leave this side.
     """
-    ways = (toward,) if labels.shuffle is None else (toward, OPPOSITE[toward])
+    ways = (toward,) if labels.shuffle is None else (toward, toward.opposite)
     streams = [(which, way) for which in (0, 1) for way in ways]
     option = 1 if toward == "generalized" else 0
     placed = [

@@ -28,7 +28,6 @@ from mnemoscope.models import Site, blocks_of
 from mnemoscope.statistics import top_by_magnitude
 
 Made = TypeVar("Made")
-SIGN: dict[Toward, int] = {"generalized": 1, "memorized": -1}
 # Tried in spreads unless the bench says otherwise (``bench.tried``).
 GRIDS: dict[Site, GridConfig] = {"block": GridConfig(layers=("spread-8",), tops=(0.5,), strengths=(0.1, 0.2, 0.4, 0.8))}
 
@@ -81,7 +80,7 @@ def again(bench: Bench, one: SteeringVector, several: Sequence[Labels]) -> list[
 def vector(bench: Bench, method: str, toward: Toward, setting: Setting, labels: Labels = ANSWERED) -> SteeringVector:
     """A method's direction on the top share of the neurons of all layers at once, at a strength."""
     module = method_module(method)
-    shift_LD = SIGN[toward] * _direction(bench, module.direction, setting.site, setting.unit, labels)
+    shift_LD = toward.sign * _direction(bench, module.direction, setting.site, setting.unit, labels)
     rank_LD = rho(bench, setting.site, labels) if getattr(module, "BY_RHO", False) else None
     return made(bench, method, toward, setting, shift_LD, rank_LD)
 

@@ -25,8 +25,6 @@ from mnemoscope.tasks import Example
 Entry = TypeVar("Entry")
 Unit = Literal["norm", "spread"]
 MASSIVE = 10.0  # times the median root mean square of a layer's neurons, from which on one is never shifted in spreads
-TOWARD: dict[str, Toward] = {"to_generalized": "generalized", "to_memorized": "memorized"}
-SOURCE: dict[str, Toward] = {"to_generalized": "memorized", "to_memorized": "generalized"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +174,8 @@ class Sources:
     @cached_property
     def margin_gradients(self) -> list[list[np.ndarray]]:
         """``margin_gradients`` of each batch of pairs, of those answered memorized, then of those generalized."""
-        lists = (self.lists.pairs["generalized"], self.lists.pairs["memorized"])
-        return [[margin_gradients(self.lists.asking, b, self.site, self.shape_LD) for b in found] for found in lists]
+        found = (self.lists.pairs[toward] for toward in Toward)
+        return [[margin_gradients(self.lists.asking, b, self.site, self.shape_LD) for b in some] for some in found]
 
 
 def read_sources(

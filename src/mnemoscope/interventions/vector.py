@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.interventions.contract import OPPOSITE, Intervention, Toward
+from mnemoscope.interventions.contract import Intervention, Toward
 from mnemoscope.interventions.edits import Edit, LowRank, Shift, as_edits, kinds, summed
 from mnemoscope.interventions.hooks import Gate, Positions, edited, factors_of
 from mnemoscope.models import EVERY_SITE, Site, blocks_of, site_width
@@ -114,7 +114,7 @@ class SteeringVector(Intervention):
         return replace(self, edits=dict(enumerate(torch.from_numpy(shift_LD.astype(np.float32)))))
 
     def __mul__(self, factor: float) -> Self:
-        toward = OPPOSITE[self.toward] if factor < 0 else self.toward
+        toward = self.toward.opposite if factor < 0 else self.toward
         return replace(self, toward=toward, edits=self._times(factor), strength=self.strength * abs(factor))
 
     __rmul__ = __mul__

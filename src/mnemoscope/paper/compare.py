@@ -16,9 +16,9 @@ from scipy.linalg import orthogonal_procrustes
 
 from mnemoscope.behaviour import Asking, read_states
 from mnemoscope.bench.answers import steered
-from mnemoscope.interventions import SteeringVector, load_intervention
+from mnemoscope.interventions import SteeringVector, Toward, load_intervention
 from mnemoscope.interventions.controls import gaussian
-from mnemoscope.interventions.sources import SOURCE, with_prefixes
+from mnemoscope.interventions.sources import with_prefixes
 from mnemoscope.runs.processes import Map
 from mnemoscope.runs.schemas import CellFacts, ProbeFacts, read_chosen
 from mnemoscope.runs.strict import read_json
@@ -129,13 +129,13 @@ def _transferred_steering(
     target: Cell, group: Sequence[Cell], asking: Asking, records: Records
 ) -> Iterator[pd.DataFrame]:
     """Answers to a cell's test pairs under every cell's NMD and best vectors, and Gaussian shifts of the same norm."""
-    for direction in SOURCE:
-        examples = records.targets("test", direction, TRANSFERRED_PAIRS)
+    for toward in Toward:
+        examples = records.targets("test", toward, TRANSFERRED_PAIRS)
         batches = with_prefixes(asking, examples) if examples else []
         for source in group if examples else ():
-            for method, role, draw, vector in _vectors(source, direction, asking):
+            for method, role, draw, vector in _vectors(source, toward.direction, asking):
                 columns = {"source": source.label, "target": target.label, "seed": source.seed}
-                columns |= {"direction": direction, "method": method, "role": role, "draw": draw}
+                columns |= {"direction": toward.direction, "method": method, "role": role, "draw": draw}
                 columns |= {"example": np.arange(len(examples)), "group": [e.group for e in examples]}
                 after_N = steered(asking, batches, vector, margins=False).behaviour_N
                 yield pd.DataFrame({**columns, "after": after_N})

@@ -20,7 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from mnemoscope.report.words import DIRECTIONS, TOWARDS, UNMEASURED
+from mnemoscope.report.words import TOWARDS, UNMEASURED
+from mnemoscope.runs.toward import Toward
 from mnemoscope.statistics import Estimate
 
 # Stand-ins that no other drawing uses; each becomes a CSS variable in the SVG.
@@ -28,7 +29,7 @@ INK, MUTED, RULE, PAPER = "#101112", "#505152", "#d0d1d2", "#fdfcfb"
 MEMORIZED, GENERALIZED, OTHER = "#b00b02", "#0b5f02", "#8a8b8c"
 COLOUR = {"memorized": MEMORIZED, "generalized": GENERALIZED, "other": OTHER}
 VARIABLES = {"ink": INK, "muted": MUTED, "rule": RULE, "paper": PAPER, **COLOUR}
-TONE: dict[str, str] = {direction: COLOUR[target] for direction, (target, _) in DIRECTIONS.items()}
+TONE: dict[str, str] = {toward.direction: COLOUR[toward] for toward in Toward}
 DASHED, DOTTED, FINE = (0, (4, 2.5)), (0, (1, 2)), (0, (1, 3))
 WIDTH = 348  # CSS pixels of every panel; a point of the drawing is a pixel of the page
 ROW = 27  # pixels of a row of dots

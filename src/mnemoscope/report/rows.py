@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from mnemoscope.report.words import CONTROLS, DIRECTIONS, LISTS, Direction
+from mnemoscope.runs.toward import Toward
 from mnemoscope.statistics import Estimate, averaged, group_index, over_draws, over_seeds, proportion
 
 ESTIMATE = {field.name for field in fields(Estimate)}
@@ -162,9 +163,9 @@ def shares(rows: pd.DataFrame, direction: Direction, *, confabulated: bool = Tru
 
     By group, and by draw where a control has several.
     """
-    target, source = DIRECTIONS[direction]
+    target = Toward.of(direction)
     groups, draws = group_index(rows.group, len(rows)), rows.draw if "draw" in rows else None  # names are sorted once
-    answers = {"shift": target, "stay": source, "other": "other"}
+    answers = {"shift": target, "stay": target.opposite, "other": "other"}
     found = {key: proportion(rows.after == after, groups, draws) for key, after in answers.items()}
     if confabulated and "confabulated" in rows:
         found["confabulated"] = proportion(rows.confabulated, groups, draws)

@@ -8,15 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mnemoscope.runs.toward import Direction, Toward
 from mnemoscope.statistics import Estimate
 
-Direction = Literal["to_generalized", "to_memorized"]
 Aim = Literal["pairs", "conflict"]
-# direction of steering -> (the behaviour it aims at, the behaviour it starts from)
-DIRECTIONS: dict[Direction, tuple[str, str]] = {
-    "to_generalized": ("generalized", "memorized"),
-    "to_memorized": ("memorized", "generalized"),
-}
+DIRECTIONS: tuple[Direction, ...] = tuple(toward.direction for toward in Toward)
 AIMS: tuple[Aim, ...] = ("pairs", "conflict")  # what a setting is chosen for, and the list that it is to steer
 NBSP = "\u00a0"
 UNMEASURED = "not measured"

@@ -18,7 +18,7 @@ from mnemoscope.behaviour import capturing, read_only_options, with_options, wit
 from mnemoscope.interventions import Intervention, SteeringVector, Toward
 from mnemoscope.interventions.contract import Bench
 from mnemoscope.interventions.methods.nmd import FACTORS
-from mnemoscope.interventions.shifts import SIGN, once, spread_layers
+from mnemoscope.interventions.shifts import once, spread_layers
 
 ABOUT = "mean difference of pairs at one layer (arXiv 2312.06681)"
 LAYERS = 8
@@ -26,7 +26,7 @@ LAYERS = 8
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
     """Every layer and factor; InputError with too few pairs."""
-    shift_LD = torch.from_numpy(SIGN[toward] * differences(bench))
+    shift_LD = torch.from_numpy(toward.sign * differences(bench))
     return [
         SteeringVector(
             toward, {layer: factor * shift_LD[layer]}, method="caa", setting={"layer": layer, "factor": factor}

@@ -16,7 +16,6 @@ import torch
 
 from mnemoscope.interventions import Intervention, SteeringVector, Toward
 from mnemoscope.interventions.contract import Bench
-from mnemoscope.interventions.shifts import SIGN
 from mnemoscope.models import heads_of
 from mnemoscope.statistics import half_of_groups
 from mnemoscope.statistics.probes import LayerProbe, share_right
@@ -33,7 +32,7 @@ def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
     states = bench.sources("head").states_P2LD
     states_P2LHW = states.reshape(len(states), 2, -1, heads, width)
     rank_LH = accuracies(states_P2LHW, [one.group for one, _ in bench.pairs], bench.seed)
-    unit_LHW = SIGN[toward] * spread_direction(states_P2LHW)
+    unit_LHW = toward.sign * spread_direction(states_P2LHW)
     order, found = np.argsort(-rank_LH.ravel(), kind="stable"), list[Intervention]()
     counts = dict.fromkeys(min(count, rank_LH.size // 2) for count in HEADS)
     for count, factor in product(counts, FACTORS):

@@ -14,10 +14,10 @@ from typing_extensions import TypedDict
 
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.strict import read_json
+from mnemoscope.runs.toward import Direction
 
 Site = Literal["block", "attention", "mlp", "neuron"]
 Where = Literal["decision", "all"]
-Direction = Literal["to_generalized", "to_memorized"]
 Number = float | None  # None: not defined
 
 
@@ -164,7 +164,7 @@ class ArtefactFacts(TypedDict):  # the JSON beside the tensors of a vector or de
 
 
 class InterventionFacts(ArtefactFacts):  # the JSON of an intervention of any kind
-    toward: Literal["generalized", "memorized"]
+    toward: Literal["generalized", "memorized"]  # as they are written, and no other word for them
     method: str
     kind: NotRequired[str]  # none: a vector, by an earlier version
     setting: NotRequired[dict[str, Any]]

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mnemoscope.face.stored import artefacts_of, known_behaviour, vectors_of
+from mnemoscope.face.stored import artefacts_of, vectors_of
 from mnemoscope.interventions import Binding, SteeringVector, Toward
 from mnemoscope.interventions.detect import Detector
 from mnemoscope.runs.errors import InputError
@@ -163,11 +163,7 @@ def parse(extra_args: Mapping[str, Any] | None) -> Asked | None:
             raise InputError(f"{name}: {value!r} is not a number in 0 .. {most:g}")
         asked[name] = float(value)
     if "steer" in asked:
-        try:
-            asked["steer"] = known_behaviour(asked["steer"])
-        except (InputError, TypeError):
-            allowed = "generalized, memorized; of documents: context, memory"
-            raise InputError(f"steer: {asked['steer']!r} is not one of {allowed}") from None
+        asked["steer"] = Toward.of(asked["steer"], "steer")
     read = asked.pop("read", False)
     if not isinstance(read, bool | int | float) or read not in (0, 1):  # HTTP makes true a 1
         raise InputError(f"read: {read!r} is not one of true, false")

@@ -236,7 +236,7 @@ class Served:
         """The context of a vector, none for ``""``, whose prompts end in a column."""
         if not toward:
             return nullcontext()
-        vector = self.fitted.vector(toward)  # type: ignore[arg-type]
+        vector = self.fitted.vector(toward)
         return vector.apply(self.fitted.model, alpha, None if vector.everywhere else last)
 
     def _padded(self, rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:

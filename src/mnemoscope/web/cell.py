@@ -23,7 +23,7 @@ from mnemoscope.behaviour import (
     without_prefix,
 )
 from mnemoscope.config import load_study
-from mnemoscope.interventions import Binding, readable
+from mnemoscope.interventions import Binding, Toward, readable
 from mnemoscope.interventions.detect import Detector
 from mnemoscope.interventions.sources import in_turn, with_prefixes
 from mnemoscope.models import blocks_of
@@ -112,7 +112,7 @@ class OpenedCell:
         by_group = defaultdict[str, list[Pair]](list)
         for generalized, memorized in self._records.both_sides("test", 20 * n):
             by_group[memorized.group].append(
-                {"memorized": Question.of(memorized), "generalized": Question.of(generalized)}
+                {Toward.MEMORIZED: Question.of(memorized), Toward.GENERALIZED: Question.of(generalized)}
             )
         return in_turn(by_group.values())[:n]
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from mnemoscope.behaviour import Asking, Batch, cache_prefixes, kept_bytes, prepare, score
 from mnemoscope.bench.answers import steered
-from mnemoscope.interventions import OPPOSITE, Binding, SteeringVector, Toward
-from mnemoscope.interventions.shifts import SIGN, top_neurons
+from mnemoscope.interventions import Binding, SteeringVector, Toward
+from mnemoscope.interventions.shifts import top_neurons
 from mnemoscope.report import draw_neuron
 from mnemoscope.runs.digests import inside, intact
 from mnemoscope.runs.errors import InputError
@@ -34,7 +34,7 @@ class Vectors:
         chosen: Any = read_chosen(intact(cell.records / "chosen.json"))["pairs"]
         self._contrast, self._methods, self._best = contrast, list(chosen["methods"]), chosen["best"]
         self._vectors: dict[tuple[Toward, str], SteeringVector] = {}
-        for toward, method in product(OPPOSITE, self._methods):
+        for toward, method in product(Toward, self._methods):
             path = intact(inside(cell.folder / "vectors", f"to_{toward}-{method}.safetensors"))
             self._vectors[toward, method] = vector = SteeringVector.load(path)
             vector.check(asking.model, asking.tokenizer, found=binding)
@@ -88,7 +88,7 @@ class Vectors:
         own_LD = dense_LD != 0
         factor = float(np.linalg.norm(dense_LD) / np.linalg.norm(nmd_LD[own_LD]))
         rank_LD = np.abs(np.nan_to_num(self._contrast.rho_LD)) + own_LD  # |rho| is at most 1
-        return np.where(own_LD, dense_LD, SIGN[vector.toward] * factor * nmd_LD), rank_LD
+        return np.where(own_LD, dense_LD, vector.toward.sign * factor * nmd_LD), rank_LD
 
 
 def _shifted(vector: SteeringVector) -> int:
@@ -124,7 +124,7 @@ class Neurons:
         return self._watch(layer, neuron)
 
     def _watch(self, layer: int, neuron: int) -> Iterator[Look]:
-        parts = list(product(OPPOSITE, range(0, len(self._pairs), self._asking.batch_size)))
+        parts = list(product(Toward, range(0, len(self._pairs), self._asking.batch_size)))
         total = len(parts) * (1 + len(TIMES))
         states_P: defaultdict[Toward, list[float]] = defaultdict(list)
         for done, (behaviour, start) in enumerate(parts, 1):
@@ -132,12 +132,12 @@ class Neurons:
             yield Look(share=done / total)
         moved: defaultdict[tuple[float, Toward], list[bool]] = defaultdict(list)
         for done, (times, (toward, start)) in enumerate(product(TIMES, parts), 1 + len(parts)):
-            batches, _ = self._part(OPPOSITE[toward], start)
+            batches, _ = self._part(toward.opposite, start)
             vector = self._alone(layer, neuron, times, toward)
             moved[times, toward] += list(steered(self._asking, batches, vector, margins=False).behaviour_N == toward)
             yield Look(share=done / total)
         nmd_LD, rho_LD = (np.abs(np.nan_to_num(a)) for a in (self._contrast.nmd_LD, self._contrast.rho_LD))
-        generalized_P, memorized_P = np.array(states_P["generalized"]), np.array(states_P["memorized"])
+        generalized_P, memorized_P = (np.array(states_P[toward]) for toward in Toward)
         label = f"Neuron {neuron} of layer {layer} where the model remembered and where it worked it out"
         found = Watched(
             layer=layer,
@@ -147,7 +147,7 @@ class Neurons:
             mean_memorized=memorized_P.mean(),
             rank_nmd=1 + int((nmd_LD > nmd_LD[layer, neuron]).sum()),
             rank_rho=1 + int((rho_LD > rho_LD[layer, neuron]).sum()),
-            alone=[{"times": n, **{toward: np.mean(moved[n, toward]) for toward in OPPOSITE}} for n in TIMES],
+            alone=[{"times": n, **{toward: np.mean(moved[n, toward]) for toward in Toward}} for n in TIMES],
             drawing=draw_neuron(generalized_P, memorized_P, label),
         )
         yield Look(share=1.0, result=found)
@@ -168,5 +168,5 @@ class Neurons:
     def _alone(self, layer: int, neuron: int, times: float, toward: Toward) -> SteeringVector:
         """The shift of one neuron by so many times its mean difference."""
         shift_LD = np.zeros(self._contrast.nmd_LD.shape)
-        shift_LD[layer, neuron] = SIGN[toward] * times * np.nan_to_num(self._contrast.nmd_LD[layer, neuron])
+        shift_LD[layer, neuron] = toward.sign * times * np.nan_to_num(self._contrast.nmd_LD[layer, neuron])
         return SteeringVector(toward, {}, self._contrast.site).with_dense(shift_LD)  # type: ignore[arg-type]

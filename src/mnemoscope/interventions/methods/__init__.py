@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from mnemoscope.interventions.registry import about, check_method, method_module, method_names, name_of
 from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.toward import Toward
 
 if TYPE_CHECKING:
-    from mnemoscope.interventions.contract import Bench, Intervention, Toward
+    from mnemoscope.interventions.contract import Bench, Intervention
     from mnemoscope.interventions.sources import Labels
     from mnemoscope.interventions.vector import SteeringVector
 
@@ -36,7 +37,7 @@ def refitted(bench: Bench, one: SteeringVector, several: Sequence[Labels]) -> li
     return found
 
 
-def candidates(method: str, bench: Bench, toward: Toward) -> Sequence[Intervention]:
+def candidates(method: str, bench: Bench, toward: str) -> Sequence[Intervention]:
     """Fit a method and return its settings.
 
     Raises:
@@ -44,13 +45,13 @@ def candidates(method: str, bench: Bench, toward: Toward) -> Sequence[Interventi
     """
     from mnemoscope.interventions import decoding, shifts
 
-    module, name = method_module(method), name_of(method)
+    module, name, to = method_module(method), name_of(method), Toward.of(toward)
     if hasattr(module, "candidates"):
-        found: Sequence[Intervention] = module.candidates(bench, toward)
+        found: Sequence[Intervention] = module.candidates(bench, to)
     else:
-        found = (shifts if hasattr(module, "direction") else decoding).candidates(bench, name, toward)
+        found = (shifts if hasattr(module, "direction") else decoding).candidates(bench, name, to)
     for one in found:
-        if (one.method, one.toward) != (name, toward):
-            wrong = f"{one.method!r} to {one.toward}; {name!r} to {toward} is wanted"
+        if (one.method, one.toward) != (name, to):
+            wrong = f"{one.method!r} to {one.toward}; {name!r} to {to} is wanted"
             raise InputError(f"methods: {method} breaks the contract: a candidate is {wrong}")
     return found

@@ -133,7 +133,7 @@ def _own_answers(lists: FitLists, pairs: Sequence[Example], conflicts: Sequence[
             first_NV, rest_N = first_and_rest(lists.asking, asked_batch([Asked.first(batch)], True))
         return _divergence(target_NV, first_NV) - rest_N.mean()
 
-    both = ((lists.pairs["memorized"], pairs), (lists.conflicts["memorized"], conflicts))
+    both = ((lists.pairs[Toward.MEMORIZED], pairs), (lists.conflicts[Toward.MEMORIZED], conflicts))
     return in_turn([partial(answer, batch, asked) for batch in batches] for batches, asked in both)
 
 

@@ -11,14 +11,14 @@ from mnemoscope.tasks.base import INSTRUCTIONS
 
 ABOUT = "a sentence in the prompt, the best of five in two places"
 WORDINGS: dict[Toward, tuple[str, ...]] = {
-    "generalized": (
+    Toward.GENERALIZED: (
         INSTRUCTIONS["generalized"],
         "Use only the text. Ignore what you know.",
         "In this book, everything is exactly as the text says. As the book says:",
         "The text is right. Repeat what it says.",
         "What does the text say? Copy the answer from it.",
     ),
-    "memorized": (
+    Toward.MEMORIZED: (
         INSTRUCTIONS["memorized"],
         "The text is wrong. Give the true answer.",
         "Ignore the text. Use only what you know.",

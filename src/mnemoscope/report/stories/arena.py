@@ -20,11 +20,10 @@ from mnemoscope.runs.digests import check_closed, digests_of
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.schemas import FrameFacts
 from mnemoscope.runs.strict import bounded_table, read_json
+from mnemoscope.runs.toward import Toward
 from mnemoscope.statistics import Estimate, holm, mean, proportion, sign_flips
 
 UNSTEERED = "unsteered"
-TOWARDS = ("generalized", "memorized")
-OTHER = {"generalized": "memorized", "memorized": "generalized"}
 KEPT = ("agreeing", "bare")
 LISTS = ("conflict", *KEPT)
 Hits = Mapping[str, np.ndarray]  # by method
@@ -103,21 +102,21 @@ def results_of(records: Records) -> Part:
     frame, names, by_answers = records.frame, records.methods, records.frame.get("by_answers")
     methods = {
         name: {key: records.facts[name][key] for key in ("passes", "changes_weights")}
-        | {toward: _measure(records, name, toward) | _chosen(records, name, toward) for toward in TOWARDS}
+        | {toward: _measure(records, name, toward) | _chosen(records, name, toward) for toward in Toward}
         for name in names
     }
     # Of every method, 1 where a test conflict gets the wanted answer and 0 elsewhere, float64 (N,).
     hits = {
         toward: {name: (records.labels(name, toward, "conflict") == toward).astype(float) for name in names}
-        for toward in TOWARDS
+        for toward in Toward
     }
     groups = records.groups("conflict")
     contrastive = [name for name in names if records.facts[name]["joined"]]
     words = "prompt" if "prompt" in names else None
-    winner = {toward: _best(records, toward, names) for toward in TOWARDS}
+    winner = {toward: _best(records, toward, names) for toward in Toward}
     # What every method is compared with: asking in words, and the contrastive decoding that is best on tune.
-    baselines = {toward: {"words": words, "contrastive": _best(records, toward, contrastive)} for toward in TOWARDS}
-    for toward in TOWARDS:
+    baselines = {toward: {"words": words, "contrastive": _best(records, toward, contrastive)} for toward in Toward}
+    for toward in Toward:
         for name, tests in _tests(hits[toward], groups, [*baselines[toward].values(), winner[toward]]).items():
             methods[name][toward]["tests"] = tests
     made = {
@@ -131,21 +130,21 @@ def results_of(records: Records) -> Part:
         "groups": len(set(groups)),
         "lists": frame["lists"],
         "by_answers": math.nan if by_answers is None else by_answers,
-        "unsteered": {toward: _measure(records, UNSTEERED, toward) for toward in TOWARDS},
+        "unsteered": {toward: _measure(records, UNSTEERED, toward) for toward in Toward},
         "left_out": dict(records.left_out),
         "no_gate": frame["no_gate"],
         "methods": methods,
         "winner": winner,
         "baselines": baselines,
-        "first": {toward: _first(hits[toward], groups, methods, toward) for toward in TOWARDS},
+        "first": {toward: _first(hits[toward], groups, methods, toward) for toward in Toward},
     }
     found: Part = parts_of(made)
     return found
 
 
-def _measure(records: Records, name: str, toward: str) -> dict[str, Any]:
+def _measure(records: Records, name: str, toward: Toward) -> dict[str, Any]:
     """What one method, or the model itself, does towards one behaviour."""
-    sides = {"wanted": toward, "opposite": OTHER[toward], "neither": "other"}
+    sides = {"wanted": toward, "opposite": toward.opposite, "neither": "other"}
     found: dict[str, Any] = {key: records.share(name, toward, "conflict", side) for key, side in sides.items()}
     found |= {kept: records.share(name, toward, kept, "correct") for kept in KEPT}
     varied = [str(one) for one in records.set["list"].unique() if one not in LISTS]

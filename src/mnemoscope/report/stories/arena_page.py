@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 from mnemoscope.report.drawing import COLOUR, FINE, INK, MUTED, RULE, Panel, canvas, draw
 from mnemoscope.report.page import Table, filled
 from mnemoscope.report.rows import Part, to_json
-from mnemoscope.report.stories.arena import TOWARDS, UNSTEERED, Records, results_of
+from mnemoscope.report.stories.arena import UNSTEERED, Records, results_of
 from mnemoscope.report.words import percent
 from mnemoscope.runs.digests import write_marker
 from mnemoscope.runs.files import write_atomically
+from mnemoscope.runs.toward import Toward
 from mnemoscope.statistics import Estimate
 
 TITLES = {"generalized": "To follow the text", "memorized": "To follow memory"}
@@ -42,7 +43,7 @@ def build_arena(run: Path, beside: Sequence[Path] = ()) -> Path:
             "name": arena_name(one),
             "facts": facts_of(one),
             "drawn": [Markup(svg) for svg in _drawn(one, f"arena-{number}")],
-            "sentences": [sentence(one, toward) for toward in TOWARDS],
+            "sentences": [sentence(one, toward) for toward in Toward],
             "tables": tables_of(one),
         }
         for number, one in enumerate(found)
@@ -94,13 +95,13 @@ def sentence(results: Part, toward: str) -> str:
 def tables_of(results: Part) -> list[Table]:
     """The tables of one arena: answers, costs, tests and changed prompts, in both directions."""
     of_each = (_answers, _costs, _compared, _varied)
-    return [table(results, toward) for toward in TOWARDS for table in of_each]
+    return [table(results, toward) for toward in Toward for table in of_each]
 
 
 def across_tables(found: Sequence[Part]) -> list[Table]:
     """Wanted and lost of every method, arenas side by side."""
     tables = []
-    for toward in TOWARDS:
+    for toward in Toward:
         each = [dict(_methods(results, toward)) for results in found]
         names = dict.fromkeys((UNSTEERED, *(name for results in found for name in results.methods)))
         rows = [[name, *(_wanted_lost(methods.get(name)) for methods in each)] for name in names]
@@ -209,7 +210,7 @@ def _setting(chosen: Mapping[str, Any]) -> str:
 
 def _drawn(results: Part, name: str) -> Sequence[str]:
     label = f"Wanted answers against other answers lost, {arena_name(results)}"
-    return draw(name, label, [_panel(results, toward) for toward in TOWARDS])
+    return draw(name, label, [_panel(results, toward) for toward in Toward])
 
 
 def _panel(results: Part, toward: str) -> Panel:

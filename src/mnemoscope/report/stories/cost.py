@@ -16,7 +16,6 @@ from mnemoscope.report.rows import Part
 from mnemoscope.report.words import (
     AIMS,
     CAPITAL,
-    DIRECTIONS,
     KEPT,
     LISTS,
     Aim,
@@ -27,6 +26,7 @@ from mnemoscope.report.words import (
     points,
     points_interval,
 )
+from mnemoscope.runs.toward import Toward
 from mnemoscope.statistics import Estimate, mean, proportion
 
 
@@ -39,7 +39,7 @@ def measure_kept(
     """
     change, lost = dict[str, Estimate](), dict[str, Estimate]()
     for name, rows in lists.items():
-        right = DIRECTIONS[direction][0] if name == "conflict_rest" else "correct"
+        right = Toward.of(direction) if name == "conflict_rest" else "correct"
         before, after = rows.before == right, rows.after == right
         change[name] = mean(after.astype(np.float64) - before.astype(np.float64), rows.group)
         lost[name] = proportion(~after[before], rows.group[before])

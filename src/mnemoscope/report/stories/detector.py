@@ -11,8 +11,9 @@ from mnemoscope.report.drawing import INK, MEMORIZED, OTHER, TONE, Dot, Line, Pa
 from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, View
 from mnemoscope.report.records import Cell
 from mnemoscope.report.rows import Part
-from mnemoscope.report.words import DIRECTIONS, LISTS, NBSP, RIVALS, Direction, interval, listed, percent, ranged
+from mnemoscope.report.words import LISTS, NBSP, RIVALS, Direction, interval, listed, percent, ranged
 from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.toward import Toward
 from mnemoscope.statistics import Estimate, auroc, mean, proportion
 
 SCORES: dict[str, str] = {"p_memorized": "the detector", **RIVALS}
@@ -75,7 +76,7 @@ def measure_gated(cell: Cell, direction: Direction, lists: dict[str, pd.DataFram
     """What a vector does behind the gate, from its rows by list; None where no detector was fitted."""
     if cell.gate is None:
         return None
-    target, source = DIRECTIONS[direction]
+    target = Toward.of(direction)
     found: dict[str, Any] = {"acted": {}, "shift": {}, "collateral": {}, "recall_by_family": None}
     for name, rows in lists.items():
         acts = cell.gate[(cell.gate.direction == direction) & (cell.gate.examples == name)].set_index("example").acts
@@ -90,7 +91,7 @@ def measure_gated(cell: Cell, direction: Direction, lists: dict[str, pd.DataFram
         if name in ANSWERED_RIGHT:
             change_N = (after_N == "correct").astype(float) - (rows.before == "correct").to_numpy(float)
             found["collateral"][name] = mean(change_N, rows.group)
-        elif (rows.before == source).all():
+        elif (rows.before == target.opposite).all():
             found["shift"][name] = proportion(after_N == target, rows.group)
     return found
 

@@ -13,6 +13,7 @@ from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, Vie
 from mnemoscope.report.records import Cell, Run
 from mnemoscope.report.rows import Part, drawn, scalar
 from mnemoscope.report.words import DIRECTIONS, NBSP, TOWARDS, Direction, listed, percent, ranged
+from mnemoscope.runs.toward import Toward
 from mnemoscope.statistics import LEAST_GROUPS, Estimate, mean_with_range, over_seeds, proportion
 
 MEASURE = ["site", "shared_initialization", "what", "layer", "top"]
@@ -81,7 +82,7 @@ def _carried(rows: pd.DataFrame, direction: Direction) -> dict[str, Any]:
     for method, of in rows[rows.direction == direction].groupby("method", observed=True, sort=True):
         parts = {name: of[of.role == role] for name, role in (("shift", "vector"), ("gaussian", "gaussian"))}
         found[str(method)] = {
-            name: _by_seed(part, part.after == DIRECTIONS[direction][0], draws=True) for name, part in parts.items()
+            name: _by_seed(part, part.after == Toward.of(direction), draws=True) for name, part in parts.items()
         }
     return found
 

@@ -19,6 +19,7 @@ from mnemoscope.report.stories.cost import measure_kept
 from mnemoscope.report.stories.detector import measure_gated, recall_by_family
 from mnemoscope.report.words import AIMS, CONTROLS, DIRECTIONS, Aim, Direction
 from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.toward import Toward
 from mnemoscope.statistics import Estimate, mean, proportion, surely_more
 
 KEYS = ["aim", "direction", "method", "role", "examples"]
@@ -126,7 +127,7 @@ def _control(cell: Cell, name: str, direction: Direction, rows: Rows) -> tuple[d
     for aim in AIMS:
         drawn = rows(aim, name, aim)
         more = beyond(cell, rows(aim, "vector", aim), drawn, direction)
-        by_draw = (drawn.after == DIRECTIONS[direction][0]).groupby(drawn.draw).mean()
+        by_draw = (drawn.after == Toward.of(direction)).groupby(drawn.draw).mean()
         worst = drawn[drawn.draw == by_draw.idxmax()] if len(by_draw) else drawn
         found[aim] = shares(drawn, direction, confabulated=False)
         found["draws"][aim] = len(by_draw)
@@ -150,7 +151,7 @@ def beyond(
     cell: Cell, vector: pd.DataFrame, control: pd.DataFrame, direction: Direction
 ) -> tuple[pd.Series, pd.Series, pd.Series]:
     """Hit of the vector minus hit of a control's draw, for each example and draw, with their groups and draws."""
-    target = DIRECTIONS[direction][0]
+    target = Toward.of(direction)
     if not vector.empty and not control.empty and set(vector.example) != set(control.example):
         raise InputError(
             f"{cell.folder / 'records' / 'steering.parquet'}: {direction}, {vector.examples.iloc[0]}: the vector and "

@@ -20,8 +20,8 @@ from mnemoscope.study.cells import Cell, Tell, version
 LIBRARIES = ("torch", "transformers")
 # Lists that steering should leave alone, towards memory without new questions, of which nothing can be remembered.
 KEPT: dict[Toward, tuple[str, ...]] = {
-    "generalized": ("memory", "novel", "conflict_rest"),
-    "memorized": ("memory", "conflict_rest"),
+    Toward.GENERALIZED: ("memory", "novel", "conflict_rest"),
+    Toward.MEMORIZED: ("memory", "conflict_rest"),
 }
 
 

@@ -17,9 +17,8 @@ import numpy as np
 import pandas as pd
 
 from mnemoscope.behaviour import Asking, read_states
-from mnemoscope.interventions import SteeringVector
+from mnemoscope.interventions import SteeringVector, Toward
 from mnemoscope.interventions.detect import Detector, Observed, Reading, fit_detectors
-from mnemoscope.interventions.sources import TOWARD
 from mnemoscope.runs.errors import InputError
 from mnemoscope.study.cells import Cell, Tell
 from mnemoscope.study.stages import common
@@ -126,9 +125,10 @@ def _values(reading: Reading) -> dict[str, Any]:
 
 def _gates(cell: Cell, asking: Asking, records: Records, detector: Detector) -> Iterator[pd.DataFrame]:
     """The detector's values, and whether a gate acts, for every list that steering was judged on, in its order."""
-    for direction, toward in TOWARD.items():
-        for name, entry in judged_lists(records, direction, cell.config.steering.judged_examples).items():
+    for toward in Toward:
+        for name, entry in judged_lists(records, toward, cell.config.steering.judged_examples).items():
             states = read_states(asking, entry.examples, cell.config.pairs.site, kept=common.kept_states(cell))
             reading = detector.read(states.at_decision_NLD)
-            columns: dict[str, Any] = {"direction": direction, "examples": name, "example": range(len(entry.examples))}
+            columns: dict[str, Any] = {"direction": toward.direction, "examples": name}
+            columns |= {"example": range(len(entry.examples))}
             yield pd.DataFrame(columns | _values(reading) | {"acts": reading.acts(toward, common.GATE)})

@@ -17,18 +17,20 @@ import torch
 from mnemoscope.behaviour import Scores, read_states, score
 from mnemoscope.bench.answers import scores
 from mnemoscope.bench.prompts import Prompts
-from mnemoscope.interventions import OPPOSITE, Held, SteeringVector, edited
+from mnemoscope.interventions import Held, SteeringVector, Toward, edited
 from mnemoscope.interventions.controls import control_draws
 from mnemoscope.interventions.decoding import Decoding
 from mnemoscope.interventions.shifts import rho, top_neurons
-from mnemoscope.interventions.sources import SOURCE, TOWARD
 from mnemoscope.models import SITES, blocks_of
 from mnemoscope.runs.errors import InputError
 from mnemoscope.study.cells import Cell, Tell
 from mnemoscope.study.stages.common import cell_model, kept_states, read_all, read_best, write_table
 from mnemoscope.study.stages.lists import RecordedBench, judged_lists
 
-CONTRASTS = {"to_generalized": (0.5, 1.0), "to_memorized": (-0.5, -1.0)}  # of context-aware decoding; -1: no context
+CONTRASTS = {
+    Toward.GENERALIZED: (0.5, 1.0),
+    Toward.MEMORIZED: (-0.5, -1.0),
+}  # of cad; -1: no context
 Sides = Mapping[str, Prompts]  # by the behaviour that they show
 
 
@@ -36,13 +38,11 @@ def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Measure dose-response, necessity, upper bounds by patching, and prompts that ask for the behaviour."""
     bench, config = RecordedBench.of(cell, cell_model(cell)), cell.config.effects
     pairs = bench.records.both_sides("test", config.pairs)  # row n of both sides is one pair
-    sides: Sides = {side: bench.prompts([pair[n] for pair in pairs]) for n, side in enumerate(OPPOSITE)}
+    sides: Sides = {side: bench.prompts([pair[n] for pair in pairs]) for n, side in enumerate(Toward)}
     aimed: Sides = sides
     if cell.config.steering.aim == "conflict":
-        lists = {direction: judged_lists(bench.records, direction, config.pairs) for direction in TOWARD}
-        found = {
-            SOURCE[direction]: of["conflict"].examples if "conflict" in of else [] for direction, of in lists.items()
-        }
+        lists = {toward: judged_lists(bench.records, toward, config.pairs) for toward in Toward}
+        found = {toward.opposite: of["conflict"].examples if "conflict" in of else [] for toward, of in lists.items()}
         aimed = {side: bench.prompts(examples) for side, examples in found.items()}
     chosen = read_best(cell) if config.methods == "best" else read_all(cell)
     vectors = [one for one in chosen if isinstance(one, SteeringVector) and one.layers]
@@ -78,7 +78,7 @@ def _table(
 
 def _doses(bench: RecordedBench, sides: Sides, one: SteeringVector) -> Iterator[pd.DataFrame]:
     """A chosen vector from minus to plus twice its strength, and Gaussian shifts of the same norm."""
-    config, side = bench.cell.config.effects, OPPOSITE[one.toward]
+    config, side = bench.cell.config.effects, one.toward.opposite
     stream = zlib.crc32(f"to_{one.toward}/{one.method}".encode())  # draws of its own
     draws = list(control_draws("gaussian", bench, one, config.draws, [bench.seed, 7, stream]))
     shifts = [("vector", 0, one), *(("gaussian", n, drawn) for n, drawn in draws)]
@@ -123,21 +123,21 @@ def _patches(bench: RecordedBench, sides: Sides) -> Iterator[pd.DataFrame]:
     asking, kept = bench.asking, kept_states(bench.cell)
     for site in SITES:
         states = {side: read_states(asking, of.examples, site, kept=kept).at_decision_NLD for side, of in sides.items()}
-        for (direction, toward), layer in product(TOWARD.items(), range(len(blocks_of(asking.model)))):
-            side, donor_N1D = SOURCE[direction], torch.from_numpy(states[toward][:, [layer]])
+        for toward, layer in product(Toward, range(len(blocks_of(asking.model)))):
+            side, donor_N1D = toward.opposite, torch.from_numpy(states[toward][:, [layer]])
             # Batches are scored in order, each once.
             batches = sides[side].batches
             held = ({layer: Held(donor_N1D[b.examples_N], torch.ones(1))} for b in batches)
             patches = (edited(asking.model, one, site, "once") for one in held)
             found = score(asking, batches, applied=partial(next, patches))
-            facts: dict[str, Any] = {"what": "patch", "direction": direction, "site": site, "layers": str(layer)}
+            facts: dict[str, Any] = {"what": "patch", "direction": toward.direction, "site": site, "layers": str(layer)}
             yield _table(bench, sides, side, found, **facts)
 
 
 def _asked(bench: RecordedBench, sides: Sides) -> Iterator[pd.DataFrame]:
     """Prompts that ask for the behaviour, in a chat's system message or in the text, where the task has them."""
-    for direction, toward in TOWARD.items():
-        side, asking = SOURCE[direction], bench.asking
+    for toward in Toward:
+        side, asking = toward.opposite, bench.asking
         wanted, instruction = sides[side].examples, bench.task.instruction(toward)
         if asking.prompting.chat and instruction:
             asking = replace(asking, prompting=replace(asking.prompting, system=instruction))
@@ -149,18 +149,18 @@ def _asked(bench: RecordedBench, sides: Sides) -> Iterator[pd.DataFrame]:
             found = Prompts(asking, wanted, [None] * len(wanted)).unsteered
         except InputError:  # a tokenizer without these words
             continue
-        yield _table(bench, sides, side, found, what="prompt", direction=direction)
+        yield _table(bench, sides, side, found, what="prompt", direction=toward.direction)
 
 
 def _contrasts(bench: RecordedBench, sides: Sides) -> Iterator[pd.DataFrame]:
     """Context-aware decoding, where the task has the prompts without context."""
     asking = replace(bench.asking, from_prompt=True)  # two passes have no shared beginnings of answers
-    for direction, weights in CONTRASTS.items():
-        prompts = Prompts(asking, sides[SOURCE[direction]].examples, sides[SOURCE[direction]].bares)
+    for toward, weights in CONTRASTS.items():
+        prompts = Prompts(asking, sides[toward.opposite].examples, sides[toward.opposite].bares)
         if None in prompts.bares:
             return
         for weight in weights:
             found = scores(
-                Decoding(toward="generalized", method="cad", setting={"weight": weight}), prompts, margins=True
+                Decoding(toward=Toward.GENERALIZED, method="cad", setting={"weight": weight}), prompts, margins=True
             )
-            yield _table(bench, sides, SOURCE[direction], found, what="contrast", direction=direction, dose=weight)
+            yield _table(bench, sides, toward.opposite, found, what="contrast", direction=toward.direction, dose=weight)

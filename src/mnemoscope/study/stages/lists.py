@@ -14,10 +14,8 @@ import pandas as pd
 from mnemoscope.behaviour import Asking, prepare, score
 from mnemoscope.bench.lists import Bench, Lists, each_once, fit_lists
 from mnemoscope.bench.prompts import Prompts, bare_of
-from mnemoscope.interventions import OPPOSITE, Toward
+from mnemoscope.interventions import Toward
 from mnemoscope.interventions.sources import (
-    SOURCE,
-    TOWARD,
     FitLists,
     Sources,
     Tried,
@@ -55,14 +53,14 @@ class Records:
         """Pairs as (answered generalized, answered memorized)."""
         return [(phrasing(row, "generalized"), phrasing(row, "memorized")) for row in self._pairs(split, limit)]
 
-    def targets(self, split: Split, direction: str, limit: int, reachable: bool = True) -> list[Example]:
+    def targets(self, split: Split, toward: Toward, limit: int, reachable: bool = True) -> list[Example]:
         """Of each pair, the phrasing that shows the behaviour to steer away from, each phrasing once.
 
         Only a phrasing that keeps the stored key in place is ``reachable`` by steering to memory; the others are judged
         apart. Every phrasing can be steered to the rule.
         """
-        phrasings = (phrasing(row, SOURCE[direction]) for row in self._pairs(split, None))
-        wanted = (e for e in phrasings if (direction == "to_generalized" or self.task.keeps_key(e)) == reachable)
+        phrasings = (phrasing(row, toward.opposite) for row in self._pairs(split, None))
+        wanted = (e for e in phrasings if (toward == "generalized" or self.task.keeps_key(e)) == reachable)
         return each_once(wanted, limit)
 
     def conflicts(self, split: Split, behaviour: str, limit: int, reachable: bool = False) -> list[Example]:
@@ -137,12 +135,9 @@ class RecordedBench(Bench):
         return fit_lists(
             replace(self.asking, batch_size=config.fit_batch),  # a learned vector takes one batch a step
             records.task,
-            {toward: records.targets("fit", direction, config.fit_pairs) for direction, toward in TOWARD.items()},
-            {
-                toward: records.conflicts("fit", SOURCE[direction], config.fit_others, direction == "to_memorized")
-                for direction, toward in TOWARD.items()
-            },
-            {toward: [right[kind] for kind in _kept(records, toward) if kind in right] for toward in OPPOSITE},
+            {toward: records.targets("fit", toward, config.fit_pairs) for toward in Toward},
+            {to: records.conflicts("fit", to.opposite, config.fit_others, to == "memorized") for to in Toward},
+            {toward: [right[kind] for kind in _kept(records, toward) if kind in right] for toward in Toward},
             kept_weight=config.kept_weight,
             steps=config.learned_steps,
             low_rank_steps=config.low_rank.steps,
@@ -155,12 +150,11 @@ class RecordedBench(Bench):
         return self.prepared[toward, few]
 
     def _choosing(self, toward: Toward, few: bool) -> Lists:
-        config, records, direction = self.cell.config.steering, self.records, f"to_{toward}"
+        config, records = self.cell.config.steering, self.records
         if config.aim == "pairs":
-            targets = records.targets("tune", direction, config.tune_pairs)
+            targets = records.targets("tune", toward, config.tune_pairs)
         else:
-            reachable = direction == "to_memorized"
-            targets = records.conflicts("tune", SOURCE[direction], config.tune_others, reachable)
+            targets = records.conflicts("tune", toward.opposite, config.tune_others, toward == "memorized")
         kept = {
             name: (prompts, "correct") for name, prompts in self._tune_right.items() if _stays(name, records, toward)
         }
@@ -219,22 +213,22 @@ class JudgedList(NamedTuple):
     margin_N: np.ndarray
 
 
-def judged_lists(records: Records, direction: str, limit: int) -> dict[str, JudgedList]:
+def judged_lists(records: Records, toward: Toward, limit: int) -> dict[str, JudgedList]:
     """The lists that steering is judged on; empty ones are left out."""
     lists = {}
     others = {f"pairs_{name}": replace(records, pairs=table) for name, table in records.held_out.items()}
     for name, found in {"pairs": records, "pairs_unreachable": records, **others}.items():
-        examples = found.targets("test", direction, limit, reachable=name != "pairs_unreachable")
-        lists[name] = JudgedList(examples, [SOURCE[direction]] * len(examples), _margins(found.pairs, examples))
+        examples = found.targets("test", toward, limit, reachable=name != "pairs_unreachable")
+        lists[name] = JudgedList(examples, [toward.opposite] * len(examples), _margins(found.pairs, examples))
     table = records.behaviour
     conflict = table[table["kind"] == "conflict"]
     parts = {
-        "conflict": conflict[conflict["behaviour"] == SOURCE[direction]],
-        "conflict_rest": conflict[conflict["behaviour"] == TOWARD[direction]],
+        "conflict": conflict[conflict["behaviour"] == toward.opposite],
+        "conflict_rest": conflict[conflict["behaviour"] == toward],
         "memory": table[table["kind"] == "memory"],
         "novel": table[table["kind"] == "novel"],
     }
-    if direction == "to_memorized":
+    if toward == "memorized":
         drawn = map(Example.from_row, parts["conflict"].to_dict("records"))
         parts["conflict"] = parts["conflict"][[records.task.keeps_key(example) for example in drawn]]
     for name, part in parts.items():

@@ -11,7 +11,6 @@ from mnemoscope.behaviour import Scores
 from mnemoscope.interventions import Intervention, SteeringVector
 from mnemoscope.interventions.controls import shared_neurons
 from mnemoscope.interventions.methods.nmd import alpha
-from mnemoscope.interventions.sources import SOURCE
 from mnemoscope.study.stages.lists import JudgedList, RecordedBench
 
 Row = dict[str, Any]
@@ -55,7 +54,7 @@ def sweep_row(name: str, one: Intervention, found: Scores, label: str | None = N
     row |= dict.fromkeys(("shift", "stay", "other", "kept", "margin", "margin_sd"), np.nan)
     if label is not None:
         return row | {"kept": float(np.mean(found.behaviour_N == label))}
-    shares = {"shift": one.toward, "stay": SOURCE[f"to_{one.toward}"], "other": "other"}
+    shares = {"shift": one.toward, "stay": one.toward.opposite, "other": "other"}
     row |= {"margin": float(found.margin_N.mean()), "margin_sd": float(found.margin_N.std())}
     return row | {column: float(np.mean(found.behaviour_N == behaviour)) for column, behaviour in shares.items()}
 

@@ -19,7 +19,6 @@ from mnemoscope.bench.prompts import Prompts
 from mnemoscope.interventions import Intervention, SteeringVector, Toward
 from mnemoscope.interventions.controls import DRAWN, control_draws, has_equal_norm
 from mnemoscope.interventions.methods import candidates, is_one_direction, name_of
-from mnemoscope.interventions.sources import TOWARD
 from mnemoscope.models import Site
 from mnemoscope.runs.errors import InputError, StudyError
 from mnemoscope.study.cells import Cell, Tell
@@ -77,7 +76,7 @@ class SteeredCell(common.PerProcess):
     def judged(self) -> dict[str, dict[str, JudgedList]]:
         """By direction and name."""
         limit = self.cell.config.steering.judged_examples
-        return {direction: judged_lists(self.bench.records, direction, limit) for direction in TOWARD}
+        return {to.direction: judged_lists(self.bench.records, to, limit) for to in Toward}
 
     def prompts(self, direction: str, name: str) -> Prompts:
         """A judged list; one at a time and without tune lists, as prefix caches need memory."""
@@ -104,7 +103,7 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     chosen = _chosen(opened, rated)
     free = _compared([one for some in rated.values() for one in some]) if config.norm_draws else []
     tables = _judge_all(opened, [*chosen, *free], tell)
-    rows = sorted(rows, key=lambda row: list(TOWARD).index(row["direction"]))
+    rows = sorted(rows, key=lambda row: str(row["direction"]))
     return [
         common.write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)),
         common.write_table(cell.records / "sweep.parquet", pd.DataFrame(rows)),
@@ -121,7 +120,7 @@ def _tried(opened: SteeredCell, tell: Tell) -> tuple[Settings, list[Row], Reason
     config, found, rows, left_out = opened.cell.config.steering, Settings(), list[Row](), Reasons()
     both = [method for method in config.methods if is_one_direction(method)]
     places: dict[Toward, Any] = {}
-    for some, why in opened.map(_candidates, [(method, list(TOWARD.values()), {}) for method in both]):
+    for some, why in opened.map(_candidates, [(method, list(Toward), {}) for method in both]):
         found, left_out = found | some, left_out | why
     tell(0.4, PARTS, "directions")
     if config.screened:
@@ -130,7 +129,7 @@ def _tried(opened: SteeredCell, tell: Tell) -> tuple[Settings, list[Row], Reason
             assert isinstance(one, SteeringVector)
             places[toward] = one.site, tuple(one.setting["layers"]), one.strength
     tell(0.6, PARTS, "learning")
-    alone = [(m, [toward], places) for m in config.methods if m not in both for toward in TOWARD.values()]
+    alone = [(m, [toward], places) for m in config.methods if m not in both for toward in Toward]
     taught = Settings()
     for some, why in opened.map(_candidates, alone):
         taught, left_out = taught | some, left_out | why
@@ -213,7 +212,7 @@ def _chosen(opened: SteeredCell, rated: Mapping[Key, list[Rated]]) -> list[Chose
     ranks = dict(zip(rated, opened.map(_ranked, parts), strict=True))
     finals: dict[Toward, list[Tuned]] = {}
     levers: dict[Toward, Tuned] = {}
-    for toward in TOWARD.values():
+    for toward in Toward:
         of_methods = [found for key, found in ranks.items() if key[1] == toward]
         firsts = [found[0] for found in of_methods]
         if config.screened:
@@ -230,7 +229,7 @@ def _chosen(opened: SteeredCell, rated: Mapping[Key, list[Rated]]) -> list[Chose
             levers[toward] = finals[toward][0]
     return [
         Chosen(config.aim, tuned.one, tuned.within, tuned is finals[toward][0], tuned is levers[toward])
-        for toward in TOWARD.values()
+        for toward in Toward
         for tuned in finals[toward]
     ]
 

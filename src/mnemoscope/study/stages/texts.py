@@ -12,7 +12,6 @@ import pandas as pd
 from mnemoscope.bench.answers import EARLIEST, NOTHING, Neutral, texts_of
 from mnemoscope.interventions import SteeringVector
 from mnemoscope.interventions.detect import Detector
-from mnemoscope.interventions.sources import TOWARD
 from mnemoscope.models import context_length
 from mnemoscope.runs.errors import StudyError
 from mnemoscope.study.cells import Cell, Tell
@@ -39,13 +38,8 @@ def neutral_stage(cell: Cell, tell: Tell) -> list[Path]:
         tell(done, len(best), "reading on behind cuts")
         acts_N = reading.acts(one.toward, GATE) if reading else np.full(config.cuts, np.nan)
         for dose in config.doses:
-            facts: dict[str, Any] = {
-                "direction": f"to_{one.toward}",
-                "method": one.method,
-                "dose": dose,
-                "acts": acts_N,
-            }
-            rows.append(neutral.measured(one * dose).assign(**facts))
+            facts: dict[str, Any] = {"direction": one.toward.direction, "method": one.method, "dose": dose}
+            rows.append(neutral.measured(one * dose).assign(**facts, acts=acts_N))
     return [write_table(cell.records / "neutral.parquet", pd.concat(rows, ignore_index=True))]
 
 
@@ -54,11 +48,11 @@ def samples_stage(cell: Cell, tell: Tell) -> list[Path]:
     config = cell.config.samples
     if not config.prompts:
         return []
-    bench, tables = RecordedBench.of(cell, cell_model(cell)), []
-    for done, one in enumerate(read_best(cell)):
-        direction = f"to_{one.toward}"
-        tell(done, len(TOWARD), f"{direction}: writing on")
-        targets = bench.records.targets("test", direction, len(bench.records.pairs))
+    bench, best, tables = RecordedBench.of(cell, cell_model(cell)), read_best(cell), []
+    for done, one in enumerate(best):
+        direction = one.toward.direction
+        tell(done, len(best), f"{direction}: writing on")
+        targets = bench.records.targets("test", one.toward, len(bench.records.pairs))
         first = {example.group: example for example in reversed(targets)}
         examples = [example for example in targets if first[example.group] is example][: config.prompts]
         plain, steered = (texts_of(each, bench.prompts(examples), config.tokens) for each in (NOTHING, one))
