@@ -68,7 +68,7 @@ def test_a_vector_steers_here_what_it_steered_in_the_study(cell: OpenedCell, lib
     for method in ("nmd", "gradient", "learned"):
         after = rows[(rows.direction == f"to_{toward}") & (rows.method == method)].after.tolist()
         assert after
-        asked = [Question.of(example) for example in library[1].targets("test", f"to_{toward}", len(after))]
+        asked = [Question.of(example) for example in library[1].targets("test", Toward.of(toward), len(after))]
         steering = Steering(toward=toward, method=method)
         assert [cell.answer(question, steering).behaviour for question in asked] == after
 
@@ -82,7 +82,7 @@ def test_a_low_rank_shift_of_every_token_reaches_the_prompt(
     parts = LowRank(*(torch.randn(*shape, generator=generator) for shape in ((2, width), (2,), (2, width))))
     vector = SteeringVector("generalized", {0: parts * 0.03}, positions="all")
     monkeypatch.setattr(cell.vectors, "part", lambda steering: vector)
-    for example in records.targets("test", "to_generalized", 4):
+    for example in records.targets("test", Toward.GENERALIZED, 4):
         found = cell.answer(Question.of(example), Steering(toward="generalized", method="nmd"))
         prompt = asking.tokenizer(asking.text(example.prompt)).input_ids
         whole = asking.tokenizer(asking.whole(example, str(example.memorized))).input_ids
