@@ -445,6 +445,6 @@ def test_settings_are_dealt_to_layers_all_over_the_model() -> None:
     assert {"low-rank", "learned"} == {*cell.steering.methods} ^ {*everywhere.steering.methods}
     methods = METHODS  # others have few settings of their own
     (learned,) = cell.steering.grids.values()
-    assert len(methods) * len(learned.layer_sets(30)) * len(learned.tops) * len(learned.strengths) == SETTINGS == 48
-    assert learned.layer_sets(30) == [(4,), (9,), (13,), (17,), (21,), (26,)]
+    assert len(methods) * len(learned.layer_sets(30)) * len(learned.tops) * len(learned.strengths) == SETTINGS == 32
+    assert learned.layer_sets(30) == [(6,), (12,), (18,), (24,)]
     assert learned.layer_sets(2) == [(0,), (1,)]

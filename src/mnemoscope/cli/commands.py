@@ -72,7 +72,7 @@ def fit(
     task: given.Task,
     out: Annotated[Path, typer.Option("-o", "--out", help=_FITTED, callback=given.of_out)],
     option: given.TaskOptions = None,
-    settings: Annotated[int, typer.Option(help="Settings tried in either direction, at most; 8 or more.")] = 48,
+    settings: Annotated[int, typer.Option(help="Settings tried in either direction, at most; 8 or more.")] = 32,
     positions: Annotated[str, typer.Option(help="decision, or all: every token, for export.")] = "decision",
     aim: Annotated[str, typer.Option(help="What vectors are for: conflict, as users meet it, or pairs.")] = "conflict",
     lost: Annotated[float, typer.Option(min=0, max=1, help="Share of other answers that a vector may cost.")] = 0.08,

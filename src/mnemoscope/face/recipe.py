@@ -26,7 +26,7 @@ LEVERS = ("words", "decoding", "shift", "low-rank", "adapter")
 # In units of each neuron's spread: from shifts that do nothing to those that break a model, whichever it is.
 TRIED: dict[str, dict[str, list[Any]]] = {"block": {"tops": [0.5], "strengths": [0.1, 0.2, 0.4, 0.8]}}
 ONE_LAYER = len(METHODS) * sum(math.prod(map(len, grid.values())) for grid in TRIED.values())
-SETTINGS = 6 * ONE_LAYER
+SETTINGS = 4 * ONE_LAYER
 CLAIMED = 2  # draws of each control of what is aimed at: of one alone nobody knows how much it varies
 STEERING: dict[str, Any] = {
     "unit": "spread",
@@ -34,7 +34,7 @@ STEERING: dict[str, Any] = {
     **{"tune_pairs": 48, "tune_others": 48, "tune_draws": CLAIMED, "judged_examples": 80},
     "tune_refits": 0,  # refitted controls are judged on test; while settings are compared they would cost the most
     "norm_draws": 0,
-    "low_rank": {"steps": 32, "refits": 0},
+    "low_rank": {"steps": 28, "refits": 0},
     "controls_of": "best",
     # A null of each kind: of neurons, of signs, of labels or answers, and of everything.
     "controls": ["random_neurons", "random_sign", "shuffled_labels", "permuted_answers", "gaussian"],
@@ -48,7 +48,7 @@ MEASURED: dict[str, Any] = {
     "effects": {"pairs": 16, "draws": 1, "doses": [0.5, 1.0, 2.0], "ablated": [0.1]}
     | {"methods": "best", "patched": False},
     "detection": {"fitted": True, "examples": 400, "others": 100},
-    "neutral": {"cuts": 8, "texts": 4, "length": 32, "doses": [0.5, 1.0]},
+    "neutral": {"cuts": 8, "texts": 4, "length": 32, "doses": [1.0]},
 }
 
 

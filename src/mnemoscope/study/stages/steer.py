@@ -187,7 +187,7 @@ def _screened(opened: SteeredCell, one: Intervention) -> tuple[float, Row]:
     wanted, other = (float(np.mean(found.behaviour_N == label)) for label in (one.toward, "other"))
     lost = [
         float(np.mean(scores(one, prompts, roughly=True).behaviour_N != label)) if wanted > 0.1 else 0.0
-        for prompts, label in lists.kept.values()
+        for prompts, label in (() if one.everywhere else lists.kept.values())  # no cached prefix serves
     ]
     return wanted - max([other, *lost]), sweep_row(opened.cell.config.steering.aim, one, found)
 
