@@ -17,9 +17,11 @@ import torch
 from mnemoscope.behaviour import Asking, decode, draw_candidates, prepare, score
 from mnemoscope.face.fitting import full_draw, seconds_of, tokens_in
 from mnemoscope.face.recipe import MEASURED, STEERING
+from mnemoscope.interventions import Toward
 from mnemoscope.runs.errors import InputError
 from mnemoscope.statistics import LEAST_GROUPS
-from mnemoscope.tasks import SPLITS, Example, Task, draw
+from mnemoscope.study.stages import judged_splits
+from mnemoscope.tasks import SPLITS, Example, Split, Task, draw
 
 SAMPLE = 160  # conflicts of a split, at most
 FACTS = 400  # bare questions, at most
@@ -100,27 +102,26 @@ def check_task(asking: Asking, task: Task, seed: int = 0) -> Checked:
         known = {e.item for e, label in zip(facts, _labels(asking, facts), strict=True) if label == "correct"}
         tokens += tokens_in(asking, facts)
         task = task.knowing(known)
-    conflicts, splits = list[Example](), dict[str, OfSplit]()
+    sampled, labels, splits = dict[Split, list[Example]](), dict[Split, np.ndarray](), dict[str, OfSplit]()
     for split in SPLITS:
-        drawn = draw(task, rng, FULL[split], "conflict", split)
-        sample = drawn[:SAMPLE]
-        labels, splits[split], candidates = _pairs(asking, task, sample, rng)
-        conflicts += sample if split == "test" else []
+        sampled[split] = draw(task, rng, FULL[split], "conflict", split)[:SAMPLE]
+        labels[split], splits[split], candidates = _pairs(asking, task, sampled[split], rng)
         tokens += tokens_in(asking, candidates)
-        if split == "test":
-            test_labels = labels
-    if not conflicts:
+    if not sampled["test"]:
         raise InputError("task: it has no conflict in the test split, so nothing can be judged")
     kept = draw(task, rng, SAMPLE, "memory", "test")
     tokens += tokens_in(asking, kept)
-    families, others = _families(asking, conflicts, test_labels)
+    families, others = _families(asking, sampled["test"], labels["test"])
     by_family = {f: [e for e in kept if e.family == f] for f in dict.fromkeys(e.family for e in kept)}
     right = {f: (int((_labels(asking, some) == "correct").sum()), len(some)) for f, some in by_family.items()}
     each = (time.perf_counter() - begun) / max(1, tokens)
     seconds = seconds_of(each, tokens_in(asking, full_draw(task, seed)))
-    whole = draw(task, rng, FULL["test"], "conflict", "test")
-    fitted = min(FULL["test"], round(more * len(whole)))
-    groups = {side: _groups_judged(fitted, conflicts, test_labels, side) for side in ("memorized", "generalized")}
+    groups = dict.fromkeys(Toward, 0)
+    for split in judged_splits(len({example.group for sample in sampled.values() for example in sample})):
+        whole = draw(task, rng, FULL[split], "conflict", split)
+        fitted = min(FULL[split], round(more * len(whole)))
+        for side in groups:
+            groups[side] += _groups_judged(fitted, sampled[split], labels[split], side)
     fewest = min(groups.values())
     width = math.nan if fewest < LEAST_GROUPS else 1.0 / math.sqrt(fewest)
     missing = _missing(splits, groups, families, bool(kept))
@@ -173,13 +174,15 @@ def _families(
 
 
 def _missing(
-    splits: dict[str, OfSplit], groups: dict[str, int], families: dict[str, dict[str, int]], kept: bool
+    splits: dict[str, OfSplit], groups: dict[Toward, int], families: dict[str, dict[str, int]], kept: bool
 ) -> list[str]:
     """What to add, a line each."""
     lines = []
     for side, count in groups.items():
         if count < GROUPS_NEEDED:
-            lines.append(f"test groups answered {side}: about {count}; {GROUPS_NEEDED} tell a share to about 18 points")
+            lines.append(
+                f"judged groups answered {side}: about {count}; {GROUPS_NEEDED} show a share to about 18 points"
+            )
     for split, found in splits.items():
         if not found.candidates:
             lines.append(f"phrasings in the {split} split: every item has one; give each several lines")

@@ -65,6 +65,7 @@ def _of_task(label: str, cells: Sequence[Cell], measured: list[list[Row]]) -> It
         "aim": aim,
         "levers": cells[0].chosen.get("levers", {}),
         "left_out": cells[0].chosen.get("left_out", {}),
+        "judged": cells[0].chosen.get("judged", ["test"]),
         "memory_is_conflict": bool(cells[0].info["memory_is_conflict"]),
         "weights": cells[0].info.get("weights"),
         "sweep": sweep,

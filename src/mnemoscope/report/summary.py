@@ -44,7 +44,7 @@ def _of_direction(task: Part, direction: Direction) -> Part:
     lever = next(name for name, one in levers.items() if one.method == best)
     beyond = lever not in VECTORS or control is None or control.difference.sign > 0
     return Part(
-        verdict=verdict(levers[lever], NAMES.get(lever, lever), beyond),
+        verdict=verdict(levers[lever], NAMES.get(lever, lever), beyond, len(task.get("judged", ["test"]))),
         lever=lever,
         levers=levers,  # by name: share that ends in the wanted behaviour, share that gives neither, the largest loss
         aim=aim,
@@ -79,17 +79,18 @@ def _levers(task: Part, direction: Direction) -> dict[str, Part]:
     return found
 
 
-def verdict(one: Part, name: str, beyond: bool = True) -> str:
+def verdict(one: Part, name: str, beyond: bool = True, judged: int = 1) -> str:
     """Whether to use a lever of a name, how sure that is, and at which price.
 
-    ``beyond``: whether it surely does more than its strongest control, where it has one.
+    ``beyond``: whether it surely does more than its strongest control, where it has one; ``judged``: splits.
     """
     share = one.shift
     if not share.known:
         return "not measured"
     groups, more = share.groups or GROUPS_NEEDED, ""
     if groups < GROUPS_NEEDED:
-        more = f"add about {words.count(OF_TEST * (GROUPS_NEEDED - groups), 'group')} to be sure"
+        lacking = OF_TEST // judged * (GROUPS_NEEDED - groups)
+        more = f"add about {words.count(lacking, 'group')} to be sure"
     if math.isnan(share.low):
         return f"cannot tell: {words.count(groups, 'test group')}; {more}"
     price = [f"loses {percent(one.lost.estimate)} of what it should keep"] if one.lost.at_least > MOST_LOST else []

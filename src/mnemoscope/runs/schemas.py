@@ -74,6 +74,7 @@ class ChosenFacts(TypedDict):  # `records/chosen.json`
     aim: NotRequired[Literal["pairs", "conflict"]]  # runs of version 0.1 have none: pairs
     levers: NotRequired[dict[Direction, str]]  # the best methods of any kind; none: the best ones of ``aim``
     left_out: NotRequired[dict[str, str]]  # methods that cannot be had here, and why
+    judged: NotRequired[list[str]]  # splits; tune as well where groups are few
 
 
 class ProbeOfLayer(TypedDict):  # the probe of a layer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,15 +14,17 @@ from mnemoscope.behaviour import (
     Applied,
     Batch,
     check_known,
-    complete,
     decode,
     log_probabilities,
+    phrase_of,
     score,
     states_at_the_end,
     without_prefix,
 )
+from mnemoscope.bench.answers import NOTHING, answered, scores
+from mnemoscope.bench.prompts import Prompts, bare_of
 from mnemoscope.config import load_study
-from mnemoscope.interventions import Binding, Toward, readable
+from mnemoscope.interventions import Binding, Intervention, Toward, readable
 from mnemoscope.interventions.detect import Detector
 from mnemoscope.interventions.sources import in_turn, with_prefixes
 from mnemoscope.models import blocks_of
@@ -133,40 +134,52 @@ class OpenedCell:
 
         Raises InputError where the prompt is too long or cannot be encoded, or there is no such vector.
         """
-        vector = steering.alpha * self.vectors.part(steering) if steering else None
-        applied = partial(vector.apply, self._asking.model) if vector else nullcontext
+        one = self.vectors.part(steering).scaled(steering.alpha) if steering else NOTHING
         (tokens,) = self._asking.tokens([self._asking.text(question.prompt)])
         if len(tokens) > LONGEST:
             raise InputError(f"prompt: {len(tokens)} tokens; at most {LONGEST} are read here")
         example = question.example()
         if example is None:
-            return self._continue(question.prompt, applied)
+            return self._continue(question.prompt, one)
+        if one is not NOTHING and type(one).apply is Intervention.apply:
+            return self._by_prompt(example, one)
         batches = self._prefix(example)
-        if vector and vector.layers and vector.everywhere:
+        if one.everywhere and steering and steering.alpha:
             batches = [without_prefix(batch) for batch in batches]
-        return self._choose(example, batches, applied)
+        return self._choose(example, batches, partial(one.apply, self._asking.model))
 
-    def _continue(self, prompt: str, applied: Applied) -> Answer:
+    def _continue(self, prompt: str, one: Intervention) -> Answer:
         """What follows a prompt whose revealing answers are not known."""
         check_known(self._asking, [prompt])
-        model, inputs = self._asking.model, self._asking.padded([self._asking.text(prompt)])
-        with applied():
-            (said,) = complete(model, self._asking.tokenizer, inputs)
+        (said,) = answered(one, Prompts.free(self._asking, [prompt]))
+        return Answer(said=said, reading=self._reading(prompt, one))
+
+    def _by_prompt(self, example: Example, one: Intervention) -> Answer:
+        """The same question by a lever that acts on prompts."""
+        prompts = Prompts(self._asking, [example], [bare_of(example)])
+        (said,) = answered(one, prompts)
+        behaviour = str(scores(one, prompts).behaviour_N[0])
+        return Answer(behaviour=behaviour, said=phrase_of(said), reading=self._reading(example.prompt, one))
+
+    def _reading(self, prompt: str, one: Intervention) -> DetectorReading | None:
+        """What the detector reads at the end of a prompt."""
         if self._detector is None:
-            return Answer(said=said)
-        with applied():
-            states_NLD = states_at_the_end(model, inputs.input_ids, inputs.attention_mask, self._detector.site)
-        return Answer(said=said, reading=DetectorReading.first_of(self._detector.read(states_NLD)))
+            return None
+        inputs = self._asking.padded([self._asking.text(prompt)])
+        with one.apply(self._asking.model):
+            ids_NT, mask_NT = inputs.input_ids, inputs.attention_mask
+            states_NLD = states_at_the_end(self._asking.model, ids_NT, mask_NT, self._detector.site)
+        return DetectorReading.first_of(self._detector.read(states_NLD))
 
     def _choose(self, example: Example, batches: list[Batch], applied: Applied) -> Answer:
         """Which of two revealing answers follows, and the probabilities of both."""
         site = self._detector.site if self._detector else None
-        scores = score(self._asking, batches, margins=False, capture=site, applied=applied)
+        found = score(self._asking, batches, margins=False, capture=site, applied=applied)
         with torch.no_grad(), applied():
             memorized, generalized = log_probabilities(self._asking, batches[0])[0].double().exp().tolist()
-        behaviour, read = str(scores.behaviour_N[0]), None
-        if self._detector and scores.states_NLD is not None:
-            read = DetectorReading.first_of(self._detector.read(scores.states_NLD))
+        behaviour, read = str(found.behaviour_N[0]), None
+        if self._detector and found.states_NLD is not None:
+            read = DetectorReading.first_of(self._detector.read(found.states_NLD))
         named = {"memorized": example.memorized, "generalized": example.generalized}
         said = named[behaviour] if behaviour in named else decode(self._asking, [example], applied)[0]
         return Answer(behaviour=behaviour, said=said, p_memorized=memorized, p_generalized=generalized, reading=read)

@@ -11,10 +11,17 @@ import numpy as np
 
 from mnemoscope.behaviour import Asking, Batch, cache_prefixes, kept_bytes, prepare, score
 from mnemoscope.bench.answers import steered
-from mnemoscope.interventions import Binding, SteeringVector, Toward
+from mnemoscope.interventions import (
+    Binding,
+    Intervention,
+    SteeringVector,
+    Toward,
+    chosen_paths,
+    load_intervention,
+)
 from mnemoscope.interventions.shifts import top_neurons
 from mnemoscope.report import draw_neuron
-from mnemoscope.runs.digests import inside, intact
+from mnemoscope.runs.digests import intact
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.schemas import read_chosen
 from mnemoscope.statistics.contrast import Contrast
@@ -27,29 +34,32 @@ TIMES = (1.0, 4.0, 16.0)  # multiples of its mean difference by which a neuron a
 
 
 class Vectors:
-    """The vectors that a run chose for a cell, and parts of them."""
+    """The vectors and other levers that a run chose for a cell, and parts of vectors."""
 
     def __init__(self, cell: Cell, contrast: Contrast, asking: Asking, binding: Binding) -> None:
         """Read them; InputError where one is damaged, or was fitted on another model than the cell's."""
-        chosen: Any = read_chosen(intact(cell.records / "chosen.json"))["pairs"]
-        self._contrast, self._methods, self._best = contrast, list(chosen["methods"]), chosen["best"]
-        self._vectors: dict[tuple[Toward, str], SteeringVector] = {}
-        for toward, method in product(Toward, self._methods):
-            path = intact(inside(cell.folder / "vectors", f"to_{toward}-{method}.safetensors"))
-            self._vectors[toward, method] = vector = SteeringVector.load(path)
-            vector.check(asking.model, asking.tokenizer, found=binding)
+        chosen: Any = read_chosen(intact(cell.records / "chosen.json"))
+        of_aim = chosen[chosen.get("aim", "pairs")]
+        self._contrast, self._methods = contrast, list(of_aim["methods"])
+        self._best = of_aim["best"] | chosen.get("levers", {})
+        self._vectors: dict[tuple[Toward, str], Intervention] = {}
+        for (direction, method), path in chosen_paths(cell.folder).items():
+            self._vectors[Toward.of(direction), method] = one = load_intervention(intact(path))
+            one.check(asking.model, asking.tokenizer, found=binding)
 
     def facts(self) -> dict[str, dict[Toward, VectorFacts]]:
-        """The two vectors of each method of the run."""
+        """What the run has of each method, in both directions."""
         found: dict[str, dict[Toward, VectorFacts]] = {method: {} for method in self._methods}
-        for (toward, method), vector in self._vectors.items():
-            own: dict[str, Any] = {name: getattr(vector, name) for name in ("site", "layers", "strength")}
-            own |= {"free": self._is_free(vector), "best": self._best[f"to_{toward}"] == method}
-            found[method][toward] = VectorFacts(**own, neurons=_shifted(vector))
+        for (toward, method), one in self._vectors.items():
+            own: dict[str, Any] = {"lever": one.lever, "best": self._best[toward.direction] == method}
+            if isinstance(one, SteeringVector):
+                own |= {name: getattr(one, name) for name in ("site", "layers", "strength")}
+                own |= {"free": self._is_free(one), "neurons": _shifted(one)}
+            found[method][toward] = VectorFacts(**own)
         return found
 
-    def part(self, steering: Steering) -> SteeringVector:
-        """The vector, or the part of it, that ``steering`` names, before its factor.
+    def part(self, steering: Steering) -> Intervention:
+        """The lever, or the part of a vector, that ``steering`` names, before its factor.
 
         Of ``nmd`` any layers and any number of neurons can be taken, as the run has the whole mean difference; of other
         methods those that the run's vector shifts. InputError where the run has no such method, layers or number.
@@ -59,8 +69,8 @@ class Vectors:
             raise InputError(f"method: {steering.method!r} is not one of {', '.join(self._methods)}")
         if steering.layers is None and steering.neurons is None:
             return vector
-        if not vector.is_constant:
-            raise InputError(f"layers, neurons: {steering.method} acts by the state, and as a whole only")
+        if not isinstance(vector, SteeringVector) or not vector.is_constant:
+            raise InputError(f"layers, neurons: {steering.method} acts as a whole only")
         whole_LD, rank_LD = self._whole(vector)
         allowed = np.flatnonzero(rank_LD.any(axis=1)).tolist()
         layers = sorted(set(vector.layers if steering.layers is None else steering.layers))

@@ -86,7 +86,8 @@ class DetectorReading(Shape):
 class Answer(Shape):
     """The text that a model answers with, and the probabilities of both whole answers, without what closes them.
 
-    Null are behaviour and probabilities where the prompt came without answers, the reading where there is no detector.
+    Null are behaviour and probabilities where the prompt came without answers, probabilities where a lever changes the
+    prompt or joins two passes, the reading where there is no detector.
     """
 
     behaviour: Literal["memorized", "generalized", "other"] | None = None
@@ -97,14 +98,15 @@ class Answer(Shape):
 
 
 class VectorFacts(Shape):
-    """A vector of a cell; ``free``: any layers and any number of neurons can be taken of it."""
+    """A lever of a cell, of vectors with what they shift; ``free``: any layers and number of neurons can be taken."""
 
-    site: str
-    layers: list[int]
-    neurons: int
-    strength: float
-    free: bool
+    lever: str
     best: bool
+    site: str = ""
+    layers: list[int] = []
+    neurons: int = 0
+    strength: float = 1.0
+    free: bool = False
 
 
 class CellFacts(Shape):

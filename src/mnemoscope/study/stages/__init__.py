@@ -10,7 +10,7 @@ from mnemoscope.study.stages.detect import detection_stage
 from mnemoscope.study.stages.effects import effects_stage
 from mnemoscope.study.stages.lists import Records
 from mnemoscope.study.stages.probe import probes_stage
-from mnemoscope.study.stages.steer import steering_stage
+from mnemoscope.study.stages.steer import judged_splits, steering_stage
 from mnemoscope.study.stages.texts import neutral_stage, samples_stage
 from mnemoscope.study.stages.train import behaviour_stage, pairs_stage, train_stage
 

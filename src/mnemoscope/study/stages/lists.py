@@ -87,6 +87,7 @@ class RecordedBench(Bench):
     records: Records
     prepared: dict[tuple[Toward, bool], Lists] = field(default_factory=dict)  # whose cached prefixes need memory
     places: dict[Toward, tuple[Site, tuple[int, ...], float]] = field(default_factory=dict)
+    exchanged: bool = False
 
     @classmethod
     def of(cls, cell: Cell, asking: Asking) -> RecordedBench:
@@ -95,6 +96,19 @@ class RecordedBench(Bench):
         grids: Any = config.grids
         tried = Tried(grids, config.unit, config.positions, config.low_rank)
         return cls(asking, records.task, cell.seed, tried, cell=cell, records=records)
+
+    def exchange(self) -> RecordedBench:
+        """The same with the tune and test splits exchanged, to judge on tune what is chosen on test."""
+        limit, rng = self.cell.config.pairs.behaviour_examples, rng_of(self.cell, "steering/exchanged")
+        examples = self.records.drawn("tune", limit)
+        for kind in ("memory", "novel"):
+            examples += draw(self.task, rng, limit, kind, "tune")
+        found = score(self.asking, prepare(self.asking, examples))
+        behaviour = pd.DataFrame([example.to_row() for example in examples])
+        behaviour = behaviour.assign(behaviour=found.behaviour_N, margin=found.margin_N)
+        pairs = self.records.pairs.replace({"split": {"tune": "test", "test": "tune"}})
+        records = replace(self.records, pairs=pairs, behaviour=behaviour, held_out={})
+        return replace(self, records=records, exchanged=True, prepared={})
 
     @cached_property
     def pairs(self) -> list[tuple[Example, Example]]:
@@ -193,6 +207,7 @@ class RecordedBench(Bench):
     def _answered_right(self, split: Split, limit: int, kinds: Sequence[str]) -> dict[str, list[Example]]:
         """Memory and novel examples of a split that the model answers right, of the kinds that are needed."""
         rng, found = rng_of(self.cell, f"steering/{split}"), {}
+        split = "test" if self.exchanged and split == "tune" else split
         for kind in ("memory", "novel"):
             examples = draw(self.task, rng, limit, kind, split)  # of all kinds: no list depends on which are needed
             if kind in kinds:

@@ -2,113 +2,87 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mnemoscope.behaviour import encode, mark_confabulations
+from mnemoscope.behaviour import encode
 from mnemoscope.bench.answers import scores
 from mnemoscope.bench.choose import Rated, Rule, Tuned, choose, confirmed, in_order, rated_by
-from mnemoscope.bench.prompts import Prompts
 from mnemoscope.interventions import Intervention, SteeringVector, Toward
-from mnemoscope.interventions.controls import DRAWN, control_draws, has_equal_norm
 from mnemoscope.interventions.methods import candidates, is_one_direction, name_of
 from mnemoscope.models import Site
 from mnemoscope.runs.errors import InputError, StudyError
 from mnemoscope.study.cells import Cell, Tell
 from mnemoscope.study.stages import common
-from mnemoscope.study.stages.lists import JudgedList, RecordedBench, judged_lists
-from mnemoscope.study.stages.rows import Row, columns_of, judged_table, sweep_row
+from mnemoscope.study.stages.judge import AIMS, PARTS, Chosen, SteeredCell, judge_all
+from mnemoscope.study.stages.rows import Row, columns_of, sweep_row
+from mnemoscope.tasks import Split
 
-AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}
 EQUAL_NORM, UNPENALIZED = "equal_norm", "unpenalized"  # settings that are compared on test pairs, and saved nowhere
-JUDGED = 2_000_003  # added to the seed of controls on test
-PARTS = 4  # of the stage's progress
 MAPPED = ("nmd",)  # methods whose whole sweep is measured on kept lists too
 FINALISTS = 2  # settings of a method whose controls are drawn, where these are few
 LEFT = 4  # one in so many settings is left after a first look
+ENOUGH = 40  # groups of all splits; of fewer both tune and test are judged
 FEW = 4  # settings of what is learned alone, which need no such look
 Key = tuple[str, Toward]  # method and direction
 Settings = dict[Key, list[Intervention]]
 Reasons = dict[str, str]  # why methods are left out
 
 
-class Chosen(NamedTuple):
-    """An intervention that is judged.
-
-    ``best``: of no method a vector gains more towards its behaviour; ``lever``: nothing of any kind does.
-    """
-
-    aim: str
-    one: Intervention
-    within: bool
-    best: bool
-    lever: bool = False
-
-
-class SteeredCell(common.PerProcess):
-    """A cell's bench and judged lists, beside its model."""
-
-    def __init__(self, cell: Cell) -> None:
-        super().__init__(cell)
-        self._prompts: tuple[tuple[str, str], Prompts] | None = None
-
-    def map(self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Iterable[Any]:
-        """``function(opened, *item)`` of each item, in parallel."""
-        return self.cell.map(self, [(function, item) for item in items])
-
-    def __call__(self, part: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
-        function, item = part
-        return function(self, *item)
-
-    @cached_property
-    def bench(self) -> RecordedBench:
-        """What methods are fitted and chosen on."""
-        return RecordedBench.of(self.cell, self.asking)
-
-    @cached_property
-    def judged(self) -> dict[str, dict[str, JudgedList]]:
-        """By direction and name."""
-        limit = self.cell.config.steering.judged_examples
-        return {to.direction: judged_lists(self.bench.records, to, limit) for to in Toward}
-
-    def prompts(self, direction: str, name: str) -> Prompts:
-        """A judged list; one at a time and without tune lists, as prefix caches need memory."""
-        self.bench.prepared.clear()
-        if self._prompts is None or self._prompts[0] != (direction, name):
-            self._prompts = None
-            self._prompts = (direction, name), self.bench.prompts(self.judged[direction][name].examples)
-        return self._prompts[1]
-
-
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Choose settings on the tune split for the study's aim; measure them on the test split."""
     opened, config = SteeredCell(cell), cell.config.steering
     tried, rows, left_out = _tried(opened, tell)
-    every = [(key, place, one) for key, some in tried.items() for place, one in enumerate(some)]
-    rated: dict[Key, list[Rated]] = {key: [] for key in tried}
-    for done, ((key, _, one), (found, more)) in enumerate(
-        zip(every, opened.map(_rated, [(one, place) for _, place, one in every]), strict=True), 1
-    ):
-        rated[key].append(found)
-        rows += more
-        tell(1 + done / len(every), PARTS, f"to_{one.toward}: trying {one.method} on tune")
-    tell(2, PARTS, "choosing on tune")
+    rated, more = _rate(opened, tried, tell)
+    rows += more
     chosen = _chosen(opened, rated)
     free = _compared([one for some in rated.values() for one in some]) if config.norm_draws else []
-    tables = _judge_all(opened, [*chosen, *free], tell)
+    tables = judge_all(opened, [*chosen, *free], tell)
+    if config.screened and len(judged_splits(opened.bench.records.pairs["group"].nunique())) > 1:
+        tables += _judged_again(opened, tried, chosen, tell)
+    judged = sorted({table.split.iloc[0] for table in tables})
     rows = sorted(rows, key=lambda row: str(row["direction"]))
     return [
         common.write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)),
         common.write_table(cell.records / "sweep.parquet", pd.DataFrame(rows)),
-        *_write_chosen(opened, chosen, left_out),
+        *_write_chosen(opened, chosen, {"left_out": left_out, "judged": judged}),
     ]
+
+
+def judged_splits(groups: int) -> tuple[Split, ...]:
+    """The splits that a fit of so many groups is judged on."""
+    return ("test",) if groups >= ENOUGH else ("tune", "test")
+
+
+def _rate(opened: SteeredCell, tried: Settings, tell: Tell) -> tuple[dict[Key, list[Rated]], list[Row]]:
+    """All settings, rated on tune targets, and rows of the sweep."""
+    every = [(key, place, one) for key, some in tried.items() for place, one in enumerate(some)]
+    rated, rows = {key: list[Rated]() for key in tried}, list[Row]()
+    found = opened.map(_rated, [(one, place) for _, place, one in every])
+    for done, ((key, _, one), (share, more)) in enumerate(zip(every, found, strict=True), 1):
+        rated[key].append(share)
+        rows += more
+        tell(1 + done / len(every), PARTS, f"to_{one.toward}: trying {one.method} on tune")
+    return rated, rows
+
+
+def _judged_again(opened: SteeredCell, tried: Settings, chosen: Sequence[Chosen], tell: Tell) -> list[pd.DataFrame]:
+    """Tables of the tune split, of settings that are chosen on test: nothing is judged on what it was chosen on.
+
+    So twice as many groups are judged. What is kept stays as it was chosen on tune.
+    """
+    opened.exchanged = True
+    rated, _ = _rate(opened, tried, tell)
+    best = {(one.one.toward, one.one.method) for one in chosen if one.best}
+    again = [one._replace(best=(one.one.toward, one.one.method) in best) for one in _chosen(opened, rated)]
+    tables = judge_all(opened, again, tell)
+    opened.exchanged = False
+    return tables
 
 
 def _tried(opened: SteeredCell, tell: Tell) -> tuple[Settings, list[Row], Reasons]:
@@ -282,68 +256,8 @@ def _compared(rated: Sequence[Rated]) -> list[Chosen]:
     return [Chosen(key[0], one, within=False, best=False) for key, (one, _) in most.items()]
 
 
-def _judge_all(opened: SteeredCell, chosen: Sequence[Chosen], tell: Tell) -> list[pd.DataFrame]:
-    """The tables of all chosen interventions and their controls on every test list, under either aim.
-
-    The same are judged for both aims, so that a list is judged once; controls are drawn on what is aimed at, and of the
-    best ones on the other aim's list.
-    """
-    config = opened.cell.config.steering
-
-    def draws(one: Chosen, name: str) -> int:
-        if one.aim not in AIMS:
-            return config.norm_draws
-        if name not in AIMS or not (one.best or (config.controls_of == "all" and name == config.aim)):
-            return 0
-        if config.screened and name != config.aim:
-            return 0
-        return config.draws if name == "pairs" else config.conflict_draws
-
-    def judges(one: Chosen, name: str) -> bool:
-        if one.aim not in AIMS:
-            return name == "pairs"
-        return one.best or not config.screened or config.aim == "pairs" or not name.startswith("pairs")
-
-    parts = [
-        (one, name, draws(one, name))
-        for direction, lists in opened.judged.items()
-        for name in lists
-        for one in chosen
-        if f"to_{one.one.toward}" == direction and judges(one, name)
-    ]
-    tables = list[pd.DataFrame]()
-    for done, ((one, name, _), found) in enumerate(zip(parts, opened.map(_judge, parts), strict=True), 1):
-        tell(2.5 + 1.5 * done / len(parts), PARTS, f"to_{one.one.toward}: {name} on test, vectors and controls")
-        if one.aim not in AIMS:
-            tables += found
-            continue
-        for aim in AIMS:  # a control belongs to the list that it was drawn on
-            tables += [table.assign(aim=aim) for table in found if table["role"].iloc[0] == "vector" or name == aim]
-    return tables
-
-
-def _judge(opened: SteeredCell, one: Chosen, name: str, draws: int) -> list[pd.DataFrame]:
-    """Tables of an intervention and of the draws of its controls on one test list."""
-    cell, asking, bench, direction = opened.cell, opened.asking, opened.bench, f"to_{one.one.toward}"
-    entry, prompts = opened.judged[direction][name], opened.prompts(direction, name)
-    found = scores(one.one, prompts, margins=True)
-    if entry.examples[0].kind == "conflict" and isinstance(one.one, SteeringVector):
-        applied = partial(one.one.apply, asking.model)
-        mark_confabulations(asking, entry.examples, found, bench.task.has_memorized_format, applied)
-    tables = [judged_table(one.one, one.aim, ("vector", 0), name, entry, found)]
-    for control in cell.config.steering.controls if draws and has_equal_norm(one.one) else ():
-        assert has_equal_norm(one.one)
-        # Shuffles depend on the first number of the seed; none that ranked settings is used again.
-        stream = zlib.crc32(f"{one.aim}/{direction}/{one.one.method}/{control}".encode())
-        few = control not in DRAWN and not one.one.is_constant
-        n = min(draws, cell.config.steering.low_rank.refits) if few else draws
-        for number, drawn in control_draws(control, bench, one.one, n, [cell.seed + JUDGED, stream]):
-            tables.append(judged_table(one.one, one.aim, (control, number), name, entry, scores(drawn, prompts)))
-    return tables
-
-
-def _write_chosen(opened: SteeredCell, chosen: Sequence[Chosen], left_out: Reasons) -> list[Path]:
-    """Write the chosen interventions, bound to their model, and ``chosen.json``."""
+def _write_chosen(opened: SteeredCell, chosen: Sequence[Chosen], more: Mapping[str, Any]) -> list[Path]:
+    """Write the chosen interventions, bound to their model, and ``chosen.json``, which has ``more`` facts."""
     cell, asking, bench, files = opened.cell, opened.asking, opened.bench, list[Path]()
     of_aim: dict[str, Any] = {"best": {}, "methods": {}}
     levers = {f"to_{one.one.toward}": one.one.method for one in chosen if one.lever}
@@ -362,5 +276,5 @@ def _write_chosen(opened: SteeredCell, chosen: Sequence[Chosen], left_out: Reaso
         of_aim["methods"].setdefault(made.method, {})[direction] = facts | columns_of(made, bench)
         if one.best:
             of_aim["best"][direction] = made.method
-    found = {aim: of_aim for aim in AIMS} | {"aim": cell.config.steering.aim, "levers": levers, "left_out": left_out}
+    found = {aim: of_aim for aim in AIMS} | {"aim": cell.config.steering.aim, "levers": levers, **more}
     return [*files, common.write_json(cell.records / "chosen.json", found)]

@@ -1,0 +1,145 @@
+"""What is chosen for a cell, judged with its controls on lists of the test split."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from mnemoscope.behaviour import mark_confabulations
+from mnemoscope.bench.answers import scores
+from mnemoscope.bench.prompts import Prompts
+from mnemoscope.interventions import Intervention, SteeringVector, Toward
+from mnemoscope.interventions.controls import DRAWN, control_draws, has_equal_norm
+from mnemoscope.study.cells import Cell, Tell
+from mnemoscope.study.stages import common
+from mnemoscope.study.stages.lists import JudgedList, RecordedBench, judged_lists
+from mnemoscope.study.stages.rows import judged_table
+
+AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}
+JUDGED = 2_000_003  # added to the seed of controls on test
+EXCHANGED = 1_000_000  # added to the numbers of tune examples, which are judged where groups are few
+PARTS = 4  # of the stage's progress
+
+
+class Chosen(NamedTuple):
+    """An intervention that is judged.
+
+    ``best``: of no method a vector gains more towards its behaviour; ``lever``: nothing of any kind does.
+    """
+
+    aim: str
+    one: Intervention
+    within: bool
+    best: bool
+    lever: bool = False
+
+
+class SteeredCell(common.PerProcess):
+    """A cell's bench and judged lists, beside its model."""
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__(cell)
+        self.exchanged = False  # whether settings are chosen on the test split, and judged on tune
+        self._prompts: tuple[tuple[bool, str, str], Prompts] | None = None
+
+    def map(self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Iterable[Any]:
+        """``function(opened, *item)`` of each item, in parallel."""
+        return self.cell.map(self, [(function, item, self.exchanged) for item in items])
+
+    def __call__(self, part: tuple[Callable[..., Any], tuple[Any, ...], bool]) -> Any:
+        function, item, self.exchanged = part
+        return function(self, *item)
+
+    @property
+    def bench(self) -> RecordedBench:
+        """What methods are fitted and chosen on."""
+        return self._exchanged if self.exchanged else self._bench
+
+    @cached_property
+    def _bench(self) -> RecordedBench:
+        return RecordedBench.of(self.cell, self.asking)
+
+    @cached_property
+    def _exchanged(self) -> RecordedBench:
+        return self._bench.exchange()
+
+    @property
+    def judged(self) -> dict[str, dict[str, JudgedList]]:
+        """By direction and name."""
+        limit = self.cell.config.steering.judged_examples
+        return {to.direction: judged_lists(self.bench.records, to, limit) for to in Toward}
+
+    def prompts(self, direction: str, name: str) -> Prompts:
+        """A judged list; one at a time and without tune lists, as prefix caches need memory."""
+        self.bench.prepared.clear()
+        place = self.exchanged, direction, name
+        if self._prompts is None or self._prompts[0] != place:
+            self._prompts = None
+            self._prompts = place, self.bench.prompts(self.judged[direction][name].examples)
+        return self._prompts[1]
+
+
+def judge_all(opened: SteeredCell, chosen: Sequence[Chosen], tell: Tell) -> list[pd.DataFrame]:
+    """The tables of all chosen interventions and their controls on every test list, under either aim.
+
+    The same are judged for both aims, so that a list is judged once; controls are drawn on what is aimed at, and of the
+    best ones on the other aim's list.
+    """
+    config = opened.cell.config.steering
+
+    def draws(one: Chosen, name: str) -> int:
+        if one.aim not in AIMS:
+            return config.norm_draws
+        if name not in AIMS or not (one.best or (config.controls_of == "all" and name == config.aim)):
+            return 0
+        if config.screened and name != config.aim:
+            return 0
+        return config.draws if name == "pairs" else config.conflict_draws
+
+    def judges(one: Chosen, name: str) -> bool:
+        if one.aim not in AIMS:
+            return name == "pairs"
+        return one.best or not config.screened or config.aim == "pairs" or not name.startswith("pairs")
+
+    parts = [
+        (one, name, draws(one, name))
+        for direction, lists in opened.judged.items()
+        for name in lists
+        for one in chosen
+        if f"to_{one.one.toward}" == direction and judges(one, name)
+    ]
+    tables = list[pd.DataFrame]()
+    for done, ((one, name, _), found) in enumerate(zip(parts, opened.map(_judge, parts), strict=True), 1):
+        tell(2.5 + 1.5 * done / len(parts), PARTS, f"to_{one.one.toward}: {name} on test, vectors and controls")
+        if one.aim not in AIMS:
+            tables += found
+            continue
+        for aim in AIMS:  # a control belongs to the list that it was drawn on
+            tables += [table.assign(aim=aim) for table in found if table["role"].iloc[0] == "vector" or name == aim]
+    return tables
+
+
+def _judge(opened: SteeredCell, one: Chosen, name: str, draws: int) -> list[pd.DataFrame]:
+    """Tables of an intervention and of the draws of its controls on one test list."""
+    cell, asking, bench, direction = opened.cell, opened.asking, opened.bench, f"to_{one.one.toward}"
+    entry, prompts = opened.judged[direction][name], opened.prompts(direction, name)
+    found = scores(one.one, prompts, margins=True)
+    if entry.examples[0].kind == "conflict" and isinstance(one.one, SteeringVector):
+        applied = partial(one.one.apply, asking.model)
+        mark_confabulations(asking, entry.examples, found, bench.task.has_memorized_format, applied)
+    tables = [judged_table(one.one, one.aim, ("vector", 0), name, entry, found)]
+    for control in cell.config.steering.controls if draws and has_equal_norm(one.one) else ():
+        assert has_equal_norm(one.one)
+        # Shuffles depend on the first number of the seed; none that ranked settings is used again.
+        stream = zlib.crc32(f"{one.aim}/{direction}/{one.one.method}/{control}".encode())
+        few = control not in DRAWN and not one.one.is_constant
+        n = min(draws, cell.config.steering.low_rank.refits) if few else draws
+        for number, drawn in control_draws(control, bench, one.one, n, [cell.seed + JUDGED, stream]):
+            tables.append(judged_table(one.one, one.aim, (control, number), name, entry, scores(drawn, prompts)))
+    if opened.exchanged:
+        return [table.assign(split="tune", example=table.example + EXCHANGED) for table in tables]
+    return tables
