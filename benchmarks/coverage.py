@@ -51,6 +51,29 @@ def covered(groups: int, log_odds: float, repeats: int, seed: int) -> dict[str, 
     return {name: float(np.nanmean(values)) for name, values in found.items()}
 
 
+def exchanged(groups: int, log_odds: float, repeats: int, seed: int, settings: int = 6) -> tuple[float, float, float]:
+    """Of few groups, of which a half is judged by what is chosen on the other: coverage of what the lever does.
+
+    That lever is the best of several ``settings`` on tune, which are half a unit of log odds apart. Beside it the mean
+    width of that interval, and of test's alone.
+    """
+    rng, spread = np.random.default_rng([seed, groups]), float(np.hypot(OF_GROUP, OF_ITEM))
+    found, widths = list[float](), list[tuple[float, float]]()
+    for _ in range(repeats):
+        index_N = np.repeat(np.arange(2 * groups), rng.integers(1, 9, 2 * groups))
+        effect_N = OF_GROUP * rng.normal(size=2 * groups)[index_N] + OF_ITEM * rng.normal(size=len(index_N))
+        of_setting = log_odds + 0.5 * rng.normal(size=settings)
+        hit_NS = rng.random((len(index_N), settings)) < expit(of_setting + effect_N[:, None])
+        tune_N = index_N < groups
+        chosen = int(hit_NS[tune_N].mean(0).argmax()), int(hit_NS[~tune_N].mean(0).argmax())
+        judged_N = np.where(tune_N, hit_NS[:, chosen[1]], hit_NS[:, chosen[0]])
+        both = proportion(judged_N, index_N)
+        alone = proportion(judged_N[~tune_N], index_N[~tune_N])
+        found.append(holds(both, rate(of_setting[chosen[0]], spread)))
+        widths.append((both.high - both.low, alone.high - alone.low))
+    return float(np.nanmean(found)), *map(float, np.nanmean(widths, axis=0))
+
+
 def ranking(groups: int, distance: float, repeats: int, seed: int) -> float:
     """Coverage of an area under the ROC curve, with both classes in every group."""
     rng, found = np.random.default_rng([seed, groups]), []
@@ -79,6 +102,13 @@ def main() -> None:
             found = covered(groups, log_odds, repeats, 0)
             numbers = " | ".join(f"{found[name]:.3f}" for name in ("shift", "control", "difference", "more"))
             print(f"| {groups} | {rate(log_odds, 1.0):.2f} | {numbers} |", flush=True)
+    print(
+        "\n| groups of tune, as many of test | rate | chosen crosswise | its width, of test alone |\n|---|---|---|---|"
+    )
+    for log_odds in (-1.0, 0.0, 1.0, 2.0):
+        for groups in (4, 7, 10):
+            share, width, alone = exchanged(groups, log_odds, repeats, 2)
+            print(f"| {groups} | {rate(log_odds, 1.0):.2f} | {share:.3f} | {width:.2f}, {alone:.2f} |", flush=True)
     print("\n| groups | distance | area under the ROC curve |\n|---|---|---|")
     for distance in (0.0, 1.0, 2.0):
         for groups in GROUPS:
