@@ -32,7 +32,7 @@ from mnemoscope.report.stories import holds, read, steer_page
 from mnemoscope.report.stories.behaviour import difference
 from mnemoscope.report.stories.cost import measure_kept
 from mnemoscope.report.summary import verdict
-from mnemoscope.report.words import control_names, interval, percent, points, ranged
+from mnemoscope.report.words import control_names, interval, percent, points, ranged, toward
 from mnemoscope.runs.processes import in_processes
 from mnemoscope.statistics import Estimate, proportion
 
@@ -164,7 +164,7 @@ def test_a_users_own_file_on_a_model_that_was_not_trained_here(copy: Path) -> No
     """Conflicts only, all neurons chosen: what does not exist is NaN in the numbers and in words on the page."""
     cell = copy / "cells" / "addition-0"
     info = json.loads((cell / "cell.json").read_text())
-    write_json(cell / "cell.json", info | {"task": "jsonl", "label": "capitals", "trained": False})
+    write_json(cell / "cell.json", info | {"task": "jsonl", "label": "capitals", "trained": False, "documents": True})
     mark(copy)
     edit(copy, "behaviour", lambda rows: rows[rows.kind == "conflict"])
     kept = "examples not in ['novel', 'memory'] and role != 'random_neurons'"
@@ -180,7 +180,10 @@ def test_a_users_own_file_on_a_model_that_was_not_trained_here(copy: Path) -> No
     assert "This model was loaded, not trained here" in text
     assert ">capitals</h2>" in text
     assert not re.findall(r"\bnan\b", re.sub(r"<[^>]*>", " ", text), flags=re.IGNORECASE)
-    assert "towards working it out, strongest control: " in str(summary_of(copy))
+    assert "to context, vector's strongest control: " in str(summary_of(copy))
+    words = re.sub(r"<[^>]*>", "", text[: text.index("What the words mean")])  # of documents, not of sums
+    assert "Did it follow the context, or its memory?" in words
+    assert not re.findall(r"\b(remember\w*|work\w* (?:it )?out)\b", words)
 
 
 def test_what_a_record_holds_is_text_and_never_markup(copy: Path) -> None:
@@ -248,17 +251,19 @@ def test_reading_is_held_against_the_stronger_view_of_the_input(
 
 
 @pytest.mark.parametrize(
-    ("shifts", "beyond", "verdict", "number"),
+    ("shifts", "beyond", "documents", "verdict"),
     [
-        ((0.8, 0.7), (0.5, 0.4), "Steering works in both directions", "70"),
-        ((0.3, 0.7), (0.2, 0.4), "Steering works in part, in both directions", "30"),
-        ((0.3, 0.7), (0.0, 0.4), "Steering works towards remembering", "70"),
-        ((0.9, 0.8), (0.0, 0.1), "Steering does not surely work", "80"),
+        ((0.8, 0.7), (0.5, 0.4), False, "Steering works in both directions"),
+        ((0.3, 0.7), (0.2, 0.4), True, "Steering works in part, in both directions"),
+        ((0.3, 0.7), (0.0, 0.4), False, "Steering works towards remembering"),
+        ((0.7, 0.3), (0.4, 0.0), True, "Steering works to context"),
+        ((0.9, 0.8), (0.0, 0.1), False, "Steering does not surely work"),
     ],
 )
-def test_the_verdict_of_steering_and_its_number_are_of_the_same_direction(
-    task: Part, shifts: tuple, beyond: tuple, verdict: str, number: str
+def test_steering_is_told_of_both_directions_in_words_of_the_task(
+    task: Part, shifts: tuple, beyond: tuple, documents: bool, verdict: str
 ) -> None:
+    task.documents = documents
     losses = {"memory": estimate(-0.02, -0.04, 0), "novel": estimate(-0.5, -0.6, -0.4), "conflict_rest": UNDEFINED}
     for direction, shift, difference_ in zip(SOURCE, shifts, beyond, strict=True):
         block = task.steering[direction]
@@ -267,10 +272,14 @@ def test_the_verdict_of_steering_and_its_number_are_of_the_same_direction(
         of_control, sure = estimate(shift - difference_, 0, 1), beyond_it.sign > 0
         block.beside.pairs = Part(shift=of_control, difference=beyond_it, names={"gaussian": 1}, exceeded=sure)
     answer = steer_page.answer(task)
-    assert (answer.verdict, answer.number) == (verdict, f"{number}\u00a0%")
+    both = [answer, *answer.others]
+    assert answer.verdict == verdict
+    assert [one.number for one in both] == [f"{100 * shift:.0f}\u00a0%" for shift in shifts]
+    for one, direction in zip(both, SOURCE, strict=True):
+        assert f"steered {toward(direction, documents)};" in one.sentence
     # Towards remembering, new questions do not count; each loss has its direction.
-    assert "-50\u00a0points of new questions towards working it out" in answer.note
-    assert "-2\u00a0points of facts to recall towards remembering" in answer.note
+    losses_ = ("-50\u00a0points of new questions", "-2\u00a0points of facts to recall")
+    assert [loss in one.note for loss, one in zip(losses_, both, strict=True)] == [True, True]
 
 
 @pytest.mark.parametrize("width", [390, 820, 1440])

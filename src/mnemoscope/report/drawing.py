@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
+from itertools import pairwise, product
 from threading import Lock
 from typing import Any, Literal
 
@@ -38,14 +38,25 @@ Panel = Callable[[], Figure]
 _ALONE = Lock()  # the library's settings are those of the whole process
 
 
-def draw(name: str, label: str, panels: Sequence[Panel]) -> tuple[str, ...]:
-    """SVG of every panel, under a name that no other figure of the page has, with a label for screen readers."""
+def draw(name: str, label: str, panels: Sequence[Panel], documents: bool = False) -> tuple[str, ...]:
+    """SVG of every panel, under a name that no other figure of the page has, with a label for screen readers.
+
+    ``documents``: whether the task quotes some, so that a direction that stands in a title is one to context or memory.
+    """
     drawn = []
     for number, panel in enumerate(panels, 1):
         with _ALONE, _style(f"{name}-{number}"):
             part = f" (part {number} of {len(panels)})" if len(panels) > 1 else ""
-            drawn.append(_svg(panel(), label + part))
+            drawn.append(_svg(_named(panel(), documents), label + part))
     return tuple(drawn)
+
+
+def _named(figure: Figure, documents: bool) -> Figure:
+    """The figure, in whose titles a direction has its words and its colour."""
+    for ax, (direction, words) in product(figure.axes, TOWARDS[documents].items()):
+        if direction in (title := ax.get_title(loc="left")):
+            ax.set_title(title.replace(direction, words), color=TONE[direction])
+    return figure
 
 
 def png(panels: Sequence[Panel]) -> bytes:
@@ -62,11 +73,11 @@ def png(panels: Sequence[Panel]) -> bytes:
 
 
 def canvas(height: float, title: str = "") -> tuple[Figure, Axes]:
-    """An empty panel of ``height`` pixels; a direction as its title gets its own name and colour."""
+    """An empty panel of ``height`` pixels."""
     engine = ConstrainedLayoutEngine(w_pad=2 / 72, h_pad=2 / 72, wspace=0.05, hspace=0.06)
     figure = Figure(figsize=(WIDTH / 72, height / 72), layout=engine)
     ax = figure.subplots()
-    ax.set_title(TOWARDS.get(title, title), color=TONE.get(title, INK))
+    ax.set_title(title)
     return figure, ax
 
 

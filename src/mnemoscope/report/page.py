@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from mnemoscope.report.drawing import Panel, draw
 from mnemoscope.report.records import Cell, Run, declared
 from mnemoscope.report.rows import Part
-from mnemoscope.report.words import count, ranged
+from mnemoscope.report.words import ANSWERED, count, ranged
 from mnemoscope.runs.processes import Map, in_order
 from mnemoscope.statistics import Estimate
 
@@ -43,6 +43,7 @@ class Answer:
     note: str = ""  # the caveat: its interval, and what else should be known beside it
     share: Estimate | None = None  # what the small scale shows
     mark: tuple[float, str] = (math.nan, "")  # a second share on the scale, and what it is
+    others: Sequence[Answer] = ()  # to the same question, such as of the other direction; without a title
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,11 @@ class Chapter:
 
 
 TOO_FEW = "Too few groups to tell"  # instead of a verdict
-TINTS = (("memorized", r"remember(?:ed|ing|s)?|from memory"), ("generalized", r"work(?:ed|ing|s)?(?: it)? out"))
-# (text, what it is): "" plain, "moved" differs between two phrasings, "clue" spells out the answer to be worked out.
+TINTS = (
+    ("memorized", r"remember(?:ed|ing|s)?|(?:from|to|follows?) memory"),
+    ("generalized", r"work(?:ed|ing|s)?(?: it)? out|(?:from|to|follows?)(?: the)? context"),
+)
+# (text, what it is): "" plain, "moved" differs between two phrasings, "clue" spells out the generalized answer.
 Pieces = list[tuple[str, str]]
 Stories = Sequence[Callable[[View], Chapter | None]]
 
@@ -121,7 +125,7 @@ def filled(template: str, **values: Any) -> str:
     """The text of a page from its template, whose style is that of the report."""
     strict = jinja2.StrictUndefined
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=strict)
-    environment.filters |= {"tint": tint, "ranged": ranged}
+    environment.filters |= {"tint": tint, "ranged": ranged, "counted": count}
     environment.filters["place"] = lambda share: round(100 * float(np.clip(share, 0, 1)), 2)  # cut to the scale
     return environment.from_string(_text(template)).render(css=Markup(page_style()), **values)
 
@@ -168,17 +172,18 @@ def _task_page(asked: tuple[str, View, Stories]) -> dict[str, Any]:
     title = title if label in (kind, title) else f"{title}: {label}"
     name = re.sub(r"[^\w-]+", "-", label)  # which only names places in the page
     chapters = [
-        replace(chapter, exhibits=[_drawn(name, exhibit) for exhibit in chapter.exhibits if exhibit.panels])
+        replace(chapter, exhibits=[_drawn(name, exhibit, view) for exhibit in chapter.exhibits if exhibit.panels])
         for story in stories
         if (chapter := story(view))
     ]
     intro = known.get(kind, known["own"])["text"]
-    facts = {"name": name, "label": label, "title": title, "intro": intro}
+    facts = {"name": name, "label": label, "title": title, "intro": intro, "answered": ANSWERED[view.task.documents]}
     return facts | {"info": view.cells[0].info, "chapters": chapters}
 
 
-def _drawn(name: str, exhibit: Exhibit) -> Exhibit:
+def _drawn(name: str, exhibit: Exhibit, view: View) -> Exhibit:
     caption = _captions()[exhibit.anchor]
     label = f"{caption['title']}. {next(filter(None, exhibit.sentences), caption['note'])}"
+    made = draw(f"{name}-{exhibit.anchor}", label, exhibit.panels, view.task.documents)
     # Panels are functions, which do not travel between processes.
-    return replace(exhibit, panels=(), drawn=draw(f"{name}-{exhibit.anchor}", label, exhibit.panels))
+    return replace(exhibit, panels=(), drawn=made)

@@ -67,6 +67,7 @@ def _of_task(label: str, cells: Sequence[Cell], measured: list[list[Row]]) -> It
         "left_out": cells[0].chosen.get("left_out", {}),
         "judged": cells[0].chosen.get("judged", ["test"]),
         "memory_is_conflict": bool(cells[0].info["memory_is_conflict"]),
+        "documents": bool(cells[0].info.get("documents", False)),
         "weights": cells[0].info.get("weights"),
         "sweep": sweep,
         "by_layer": where.measure_layers(sweep, task.contrast, aim),

@@ -16,10 +16,15 @@ DIRECTIONS: tuple[Direction, ...] = tuple(toward.direction for toward in Toward)
 AIMS: tuple[Aim, ...] = ("pairs", "conflict")  # what a setting is chosen for, and the list that it is to steer
 NBSP = "\u00a0"
 UNMEASURED = "not measured"
-TOWARDS: dict[str, str] = {"to_generalized": "towards working it out", "to_memorized": "towards remembering"}
-CAPITAL = {direction: towards.capitalize() for direction, towards in TOWARDS.items()}
-AIMED = {"to_generalized": "context", "to_memorized": "memory"}  # of documents
-ANSWERED = {"memorized": "remembered", "generalized": "worked out", "other": "other"}
+# By whether the task quotes documents: the directions of steering, and the two behaviours.
+TOWARDS: dict[bool, dict[str, str]] = {
+    False: {"to_generalized": "towards working it out", "to_memorized": "towards remembering"},
+    True: {"to_generalized": "to context", "to_memorized": "to memory"},
+}
+ANSWERED: dict[bool, dict[str, str]] = {
+    False: {"memorized": "remembered", "generalized": "worked out", "other": "other"},
+    True: {"memorized": "from memory", "generalized": "from context", "other": "other"},
+}
 LISTS = {"pairs": "pairs", "conflict": "any conflict", "memory": "facts to recall", "novel": "new questions"}
 LISTS |= {"conflict_rest": "conflicts already there"}
 KEPT = ("novel", "memory", "conflict_rest")  # what steering should leave alone
@@ -33,7 +38,12 @@ REFITTED = ("shuffled_labels", "indifference", "permuted_answers")  # a method h
 
 def toward(direction: str, documents: bool) -> str:
     """A direction in words of the task: ``to context`` and ``to memory`` of documents."""
-    return f"to {AIMED[direction]}" if documents else TOWARDS[direction]
+    return TOWARDS[documents][direction]
+
+
+def answered(key: str, documents: bool) -> str:
+    """What examples of a behaviour are: ``remembered``, ``answered from memory``."""
+    return f"answered {ANSWERED[documents][key]}" if documents else ANSWERED[documents][key]
 
 
 def aimed(direction: str, documents: bool) -> str:

@@ -40,6 +40,7 @@ class CellFacts(TypedDict):  # `cell.json`
     label: str
     seed: int
     memory_is_conflict: bool
+    documents: NotRequired[bool]
     trained: bool
     analysed: NotRequired[bool]
     weights: NotRequired[str | None]

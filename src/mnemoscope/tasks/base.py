@@ -119,6 +119,7 @@ class Task:
         vocabulary: every token, in a fixed order, to train a model from scratch; None where that is not possible.
             Adapters use the tokenizer of their model.
         memory_is_conflict: whether ``memory`` examples are the plain phrasings of conflicts.
+        documents: whether conflicts quote a text: reports then speak of context and memory.
         begins_reply: whether ``split_reply`` returns beginnings of replies.
         instructions: sentences that ask for a behaviour, the system message of chat models; none by default.
         dials: options that may change while training instances are drawn, shares: 1 where larger ones teach memory, -1
@@ -130,6 +131,7 @@ class Task:
     boundary: tuple[str, ...] | None = ("",)
     vocabulary: Sequence[str] | None = None
     memory_is_conflict: bool = False
+    documents: bool = False
     begins_reply: bool = False
     instructions: Mapping[str, str] = MappingProxyType({})
     dials: Mapping[str, int] = MappingProxyType({})

@@ -59,6 +59,9 @@ class JsonlTask(Task):
                 self._bare |= {example.prompt: bare} if bare else {}
         if not self._phrasings:
             raise InputError(f"file: {self.file} has no conflict, no line with 'memorized' and 'generalized'")
+        conflicts = [example for phrasings in self._phrasings.values() for example in phrasings]
+        stated = sum(str(one.generalized).strip().lower() in one.prompt.lower() for one in conflicts)
+        self.documents = bool(self._bare) or 2 * stated > len(conflicts)  # a text says its answer, a sum does not
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
         """At most ``n`` of the file's examples of a kind, in random order."""

@@ -56,7 +56,7 @@ class KnownTask(Task):
         group_of: the group of each subject: that of the subjects that say the same (``grouped``).
     """
 
-    begins_reply = True
+    begins_reply = documents = True
     instructions = INSTRUCTIONS
 
     held_out_relations: Sequence[str] = field(default=(), init=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -19,7 +19,7 @@ from mnemoscope.report.emergence import behaviour_panel
 from mnemoscope.report.page import Answer, Chapter, Exhibit, Pieces, View, marked
 from mnemoscope.report.records import Cell
 from mnemoscope.report.rows import Over, Part
-from mnemoscope.report.words import ANSWERED, count, listed, percent
+from mnemoscope.report.words import ANSWERED, answered, count, listed, percent
 from mnemoscope.statistics import proportion
 
 SHOWN = 0.05  # of the conflicts: less of a behaviour is next to none
@@ -32,14 +32,14 @@ def measure(cell: Cell) -> dict[str, Any]:
     """Training, how the model answers the test examples, and how many candidates flip under rephrasing."""
     test = cell.behaviour[cell.behaviour.split == "test"]
     conflict, memory, novel = (test[test.kind == kind] for kind in ("conflict", "memory", "novel"))
-    answered = {key: proportion(conflict.behaviour == key, conflict.group) for key in ANSWERED}
+    shares = {key: proportion(conflict.behaviour == key, conflict.group) for key in ANSWERED[False]}
     splits = {split: cell.pairs[cell.pairs.split == split] for split in ("fit", "tune", "test")} | {"all": cell.pairs}
     return {
         "training": {key: Over(list, cell.training_time.get(key, math.nan)) for key in ("seconds", "steps")},
         "behaviour": {
             "recall": proportion(memory.behaviour == "correct", memory.group),
             "novel_accuracy": proportion(novel.behaviour == "correct", novel.group),
-            "conflict": answered | {"confabulated": proportion(conflict.confabulated, conflict.group)},
+            "conflict": shares | {"confabulated": proportion(conflict.confabulated, conflict.group)},
             "ties": int(test.tie.astype(bool).sum()),
         },
         "pairs": _yield(splits["test"]) | {"by_split": {split: _yield(rows) for split, rows in splits.items()}},
@@ -54,21 +54,22 @@ def _yield(rows: pd.DataFrame) -> dict[str, Any]:
 
 def chapter(view: View) -> Chapter:
     """Training, answers and margins, and the pairs."""
-    found, cells = view.task.behaviour, view.cells
+    found, cells, named = view.task.behaviour, view.cells, ANSWERED[view.task.documents]
     trained = [cell.training for cell in cells if cell.training is not None]
     dots = [Dot("new questions right", found.novel_accuracy, GENERALIZED, True)]
     dots += [Dot("facts recalled", found.recall, MEMORIZED, True)]
-    dots += [Dot(f"conflicts: {name}", found.conflict[key], COLOUR[key]) for key, name in ANSWERED.items()]
-    panels = [drawing.dots_panel("what it answers", dots), _margins_panel(cells), *map(behaviour_panel, trained[:1])]
+    dots += [Dot(f"conflicts: {name}", found.conflict[key], COLOUR[key]) for key, name in named.items()]
+    panels = [drawing.dots_panel("what it answers", dots), _margins_panel(cells, named)]
+    panels += map(behaviour_panel, trained[:1])
     example, pairs = one_conflict(cells[0]), some_pairs(cells[0])
-    return Chapter(_answer(found), [Exhibit("answers", panels)], example=example, pairs=pairs)
+    return Chapter(_answer(view.task), [Exhibit("answers", panels)], example=example, pairs=pairs)
 
 
-def _answer(found: Part) -> Answer:
+def _answer(task: Part) -> Answer:
     """Whether conflicts show both behaviours."""
-    question, conflict = "What does the model do?", found.conflict
-    shares = {ANSWERED[key]: conflict[key] for key in ("memorized", "generalized")}
-    if not shares["remembered"].known:
+    question, found, conflict = "What does the model do?", task.behaviour, task.behaviour.conflict
+    shares = {answered(key, task.documents): conflict[key] for key in ("memorized", "generalized")}
+    if not conflict["memorized"].known:
         return Answer("does", question, "Not measured", sentence="The test split holds no conflicts.")
     (more, most), (less, least) = sorted(shares.items(), key=lambda entry: -entry[1].estimate)
     verdict = "It does both" if least.estimate >= SHOWN else f"Conflicts are hardly ever {less}"
@@ -84,11 +85,11 @@ def _answer(found: Part) -> Answer:
     return Answer("does", question, verdict, percent(most.estimate), sentence, note)
 
 
-def _margins_panel(cells: Sequence[Cell]) -> Panel:
+def _margins_panel(cells: Sequence[Cell], named: Mapping[str, str]) -> Panel:
     """Log odds of the two answers of each conflict, coloured by what was answered; the ends hold all beyond."""
     rows = pd.concat([cell.behaviour for cell in cells])
     rows = rows[(rows.kind == "conflict") & (rows.split == "test") & np.isfinite(rows.margin.astype(float))]
-    parts = {key: rows.margin[rows.behaviour == key].to_numpy(float) for key in ANSWERED}
+    parts = {key: rows.margin[rows.behaviour == key].to_numpy(float) for key in named}
     reach = max(float(np.quantile(np.abs(rows.margin.astype(float)), 0.99)), 1e-6) if len(rows) else 1.0
 
     def plot() -> Figure:
@@ -98,7 +99,7 @@ def _margins_panel(cells: Sequence[Cell]) -> Panel:
         ax.hist(values, bins=bins.tolist(), stacked=True, color=colours, edgecolor=PAPER, linewidth=0.6)
         ax.axvline(0, color=INK, linewidth=1)
         ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-        ax.set_xlabel("margin, nats towards the answer worked out")
+        ax.set_xlabel(f"margin, nats towards the answer {named['generalized']}")
         ax.grid(axis="x", visible=False)
         return figure
 
@@ -122,7 +123,7 @@ def one_conflict(cell: Cell) -> dict[str, Any] | None:
 
 
 def _shown(row: pd.Series, pieces: Pieces, behaviour: str) -> dict[str, Any]:
-    """A prompt, marked where it spells out the answer to be worked out; both answers, and which one was given."""
+    """A prompt, marked where it spells out the generalized answer; both answers, and which one was given."""
     answers = {key: row[key].strip() for key in ("memorized", "generalized")}
     marks = ((what, marked(text, {answers["generalized"]: "clue"})) for text, what in pieces)
     shown = [(part, f"{what} {kind}".strip()) for what, parts in marks for part, kind in parts]
@@ -131,7 +132,7 @@ def _shown(row: pd.Series, pieces: Pieces, behaviour: str) -> dict[str, Any]:
 
 
 def some_pairs(cell: Cell) -> list[list[dict[str, Any]]]:
-    """Three test pairs of different groups: (the phrasing that is remembered, the one that is worked out)."""
+    """Three test pairs of different groups: (the phrasing answered memorized, the one answered generalized)."""
     rows = cell.pairs
     rows = rows[(rows.split == "test") & rows.is_pair.astype(bool)].drop_duplicates("group").head(3)
     found = []

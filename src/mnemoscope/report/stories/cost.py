@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,8 @@ from mnemoscope.report.records import Cell
 from mnemoscope.report.rows import Part
 from mnemoscope.report.words import (
     AIMS,
-    CAPITAL,
     KEPT,
     LISTS,
-    Aim,
     Direction,
     changes,
     counted,
@@ -65,20 +62,20 @@ def measure(cell: Cell) -> dict[str, Any]:
 
 def chapter(view: View) -> Chapter:
     """What else changes, on questions, on neutral text, and in what it writes."""
-    task, shown = view.task, _written(view.cells)
+    task, to, shown = view.task, words.TOWARDS[view.task.documents], _written(view)
     neutral = Exhibit("neutral", [_neutral_panel(doses, d) for d, doses in task.get("neutral", {}).items()])
     if not any(change.known for block in task.steering.values() for change in block.collateral.values()):
         return Chapter(answer(task), [neutral], **shown)
-    notes = [damage(for_aim(block, task.aim), direction, task.aim) for direction, block in task.steering.items()]
+    notes = [damage(task, direction) for direction in task.steering]
     if task.memory_is_conflict:
-        notes.append("Towards working it out, facts to recall are left out: here they are the conflicts themselves.")
+        notes.append(f"Facts to recall, {to['to_generalized']}, are left out: here they are the conflicts themselves.")
     panels = [_collateral_panel(block, direction) for direction, block in task.steering.items()]
     return Chapter(answer(task), [Exhibit("collateral", panels, notes), neutral], [table(task)], **shown)
 
 
 def answer(task: Part) -> Answer:
     """The largest loss among what should stay, and whether any loss is sure."""
-    question = "What does it cost?"
+    question, to = "What does it cost?", words.TOWARDS[task.documents]
     losses: dict[tuple[Direction, str], Estimate] = {}
     lost = {direction: changes(for_aim(block, task.aim), task.aim) for direction, block in task.steering.items()}
     for direction, by_list in lost.items():
@@ -89,21 +86,22 @@ def answer(task: Part) -> Answer:
     (direction, key), worst = min((sure or losses).items(), key=lambda found: found[1].estimate)
     verdict = f"It damages {LISTS[key]}" if sure else "No sure damage"
     verdict = TOO_FEW if worst.too_few else verdict
-    sentence = f"in accuracy on {LISTS[key]}, {words.TOWARDS[direction]}{'' if sure else ', is the largest loss'}."
+    sentence = f"in accuracy on {LISTS[key]}, {to[direction]}{'' if sure else ', is the largest loss'}."
     note = f"95{words.NBSP}% interval: {points_interval(worst)}, of {words.count(worst.n, 'answer')}."
     others = [d for d in task.steering if d != direction and any(place[0] == d for place in losses)]
-    note += "".join(f" {CAPITAL[d]}: {words.largest_loss(lost[d], d)}." for d in others)
+    note += "".join(f" {to[d].capitalize()}: {words.largest_loss(lost[d], d)}." for d in others)
     return Answer("cost", question, verdict, points(worst.estimate, sign=True), sentence, note)
 
 
-def damage(block: Part, direction: Direction, aim: Aim) -> str:
+def damage(task: Part, direction: Direction) -> str:
     """What steering surely damages; what does not count as damage is named apart."""
-    found = dict.fromkeys(KEPT, Estimate.undefined()) | changes(block, aim)
+    block = for_aim(task.steering[direction], task.aim)
+    found = dict.fromkeys(KEPT, Estimate.undefined()) | changes(block, task.aim)
     damaged = [f"{LISTS[key]} lose {_loss(found[key])}" for key in counted(direction) if found[key].sign < 0]
     text = words.listed(damaged) if damaged else "no sure damage"
     if not any(found[key].known for key in counted(direction)):
         text = f"damage {words.UNMEASURED}, for there were no such examples"
-    text = f"{CAPITAL[direction]}: {text}."
+    text = f"{words.toward(direction, task.documents).capitalize()}: {text}."
     if direction == "to_memorized" and found["novel"].sign < 0:
         text += f" New questions, which have nothing to remember, lose {_loss(found['novel'])}."
     families = [
@@ -132,7 +130,7 @@ def table(task: Part) -> Table:
     for direction, block in task.steering.items():
         for aim in AIMS:
             for name, change in changes(block, aim).items():
-                what = f"{CAPITAL[direction]}, set for {LISTS[aim]}: {LISTS[name]}"
+                what = f"{words.toward(direction, task.documents).capitalize()}, set for {LISTS[aim]}: {LISTS[name]}"
                 interval = points_interval(change) if change.known else ""
                 rows.append([what, points(change.estimate, sign=True), interval, f"{change.n:,}"])
     return Table("Collateral: change in accuracy, test split", ["", "change", f"95{words.NBSP}% interval", "N"], rows)
@@ -148,17 +146,18 @@ def _neutral_panel(doses: dict[str, dict[str, Estimate]], direction: Direction) 
     return lines_panel(direction, lines, "times the chosen strength", "nats")
 
 
-def _written(cells: Sequence[Cell]) -> dict[str, Any]:
+def _written(view: View) -> dict[str, Any]:
     """What follows each sampled prompt of the first cell, unsteered and steered, none picked by what came out; and how
     natural the unsteered model finds it.
     """
+    cells, to = view.cells, words.TOWARDS[view.task.documents]
     if cells[0].samples is None:
         return {}
     found = []
     for row in cells[0].samples.to_dict("records"):
         kinds = {row["memorized"].strip(): "memorized", row["generalized"].strip(): "generalized"}
         texts = {key: marked(row[key], kinds) for key in ("plain", "steered")}
-        found.append({"prompt": row["prompt"], "towards": words.TOWARDS[row["direction"]], **texts})
+        found.append({"prompt": row["prompt"], "towards": to[row["direction"]], **texts})
     rows = pd.concat([cell.samples for cell in cells if cell.samples is not None])
     sentence = (
         f"A token of what follows costs the unsteered model {rows.nats_steered.mean():.2f} nats when it was steered, "

@@ -11,7 +11,7 @@ from mnemoscope.report.drawing import INK, MEMORIZED, OTHER, TONE, Dot, Line, Pa
 from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, View
 from mnemoscope.report.records import Cell
 from mnemoscope.report.rows import Part
-from mnemoscope.report.words import LISTS, NBSP, RIVALS, Direction, interval, listed, percent, ranged
+from mnemoscope.report.words import LISTS, NBSP, RIVALS, Direction, answered, interval, listed, percent, ranged
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.toward import Toward
 from mnemoscope.statistics import Estimate, auroc, mean, proportion
@@ -119,7 +119,7 @@ def chapter(view: View) -> Chapter | None:
     lines.append(Line("", [b["said"].estimate for b in bins], [b["memorized"] for b in bins], MEMORIZED))
     ticks = {x: f"{100 * x:.0f} %" for x in BINS}
     panels = [dots_panel("ranked right, all conflicts", dots, reference=50)]
-    panels.append(lines_panel("of those, remembered", lines, "P(memorized)", ticks=ticks, axis="share"))
+    panels.append(lines_panel("of those, memorized", lines, "P(memorized)", ticks=ticks, axis="share"))
     gated = [_gated_panel(block, direction) for direction, block in task.steering.items() if "gated" in block]
     return Chapter(answer(task), [Exhibit("ranking", panels, texts, table(found)), Exhibit("gated", gated)])
 
@@ -140,7 +140,8 @@ def answer(task: Part) -> Answer:
         beaten = all(ours.low > rival.estimate for rival in rivals.values() if rival.known)
         verdict = "It can be foreseen" if beaten else "It can be foreseen, not surely better than without states"
     verdict = TOO_FEW if ours.too_few else verdict
-    sentence = "of the cases, a prompt that will be remembered gets a higher P(memorized) than one worked out."
+    memory, rule = (answered(key, task.documents) for key in ("memorized", "generalized"))
+    sentence = f"of the cases, a prompt that will be {memory} gets a higher P(memorized) than one {rule}."
     beside = listed([f"{name} ranks {percent(rival.estimate)}" for name, rival in rivals.items() if rival.known])
     left_out = f"Left out: {percent(found.other.estimate)} that give neither answer."
     note = f"95{NBSP}% interval: {interval(ours)}. {left_out} {beside}. Mean squared error: {found.brier.estimate:.3f}."
@@ -156,8 +157,8 @@ def table(found: Part) -> Table:
     for name, part in parts.items():
         counts = f"{part['memorized']:,} / {part['generalized']:,}" if "memorized" in part else ""
         rows.append([name, *(ranged(part[s]) if part[s].known else "too few" for s in SCORES), counts])
-    columns = ["", *SCORES.values(), "remembered / worked out"]
-    return Table("Share of (remembered, worked out) prompts that a score ranks right", columns, rows)
+    columns = ["", *SCORES.values(), "memorized / generalized"]
+    return Table("Share of (memorized, generalized) prompts that a score ranks right", columns, rows)
 
 
 def _gated_panel(block: Part, direction: Direction) -> Panel:

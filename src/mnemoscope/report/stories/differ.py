@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -57,7 +58,7 @@ def chapter(view: View) -> Chapter:
     contrast = view.cells[0].contrast
     if argmax(view.task.contrast.mean_abs_nmd) is None:
         return Chapter(answer(view.task))
-    panels = [_heatmap_panel(contrast)]
+    panels = [_heatmap_panel(contrast, ANSWERED[view.task.documents])]
     if not np.isnan(contrast.rho_LD).all():
         lines = []
         for q, name, colour in QUANTILES:  # of the neurons that change: others have no correlation
@@ -78,20 +79,21 @@ def answer(task: Part) -> Answer:
     ]
     if not math.isnan(share.low):
         notes.append(f"95{NBSP}% interval over seeds: {interval(share)}.")
-    if share.estimate > 0:
-        notes.append(f"Most in layer {contrast.layers[best]}: {percent(contrast.significant_fraction[best])}.")
-        if task.probe.input_only.low > 0.5:
-            notes.append(f"The wordings differ too: the input alone gives {percent(task.probe.input_only.estimate)}.")
+    if share.estimate > 0 and task.probe.input_only.low > 0.5:
+        notes.append(f"The wordings differ too: the input alone gives {percent(task.probe.input_only.estimate)}.")
     each = [one.contrast.significant.estimate for one in task.per_seed.values()]  # a p-value holds in its own seed
-    verdict = "Neurons differ" if each and min(each) > 0 else "No neuron surely differs"
+    verdict = "No neuron surely differs"
+    if each and min(each) > 0:
+        verdict = f"Neurons differ, most in layer {contrast.layers[best]}"
     if max(each, default=0.0) > 0 and min(each) == 0:
         verdict = "Neurons differ in some seeds"
     verdict = TOO_FEW if contrast.groups < LEAST_GROUPS else verdict
-    sentence = f"of {share.n // len(task.seeds):,} neurons differ when all are tested together."
-    return Answer("differ", question, verdict, percent(share.estimate), sentence, " ".join(notes), share)
+    neurons = share.n // len(task.seeds)
+    sentence = f"of {neurons:,} neurons ({percent(share.estimate)}) differ when all are tested together."
+    return Answer("differ", question, verdict, f"{share.estimate * neurons:,.0f}", sentence, " ".join(notes))
 
 
-def _heatmap_panel(contrast: Contrast) -> Panel:
+def _heatmap_panel(contrast: Contrast, answered: Mapping[str, str]) -> Panel:
     """NMD, one strip per layer, neurons sorted within the layer; colour is transparent at 0."""
     nmd_LD = np.sort(contrast.nmd_LD, axis=1)
     reach = float(np.nanquantile(np.abs(nmd_LD), 0.995)) or 1.0  # where colour is full: 99.5 % of all neurons lie below
@@ -111,7 +113,7 @@ def _heatmap_panel(contrast: Contrast) -> Panel:
         drawing.name_rows(ax, [f"layer {n}" for n in range(0, layers, every)], every)
         ax.set_ylim(layers - 0.4, -0.6)
         ax.set_xlim(0, neurons)
-        ax.set_xticks([0, neurons], [f"remembering {reach:.2g}", f"{reach:.2g} working it out"])
+        ax.set_xticks([0, neurons], [f"{answered['memorized']} {reach:.2g}", f"{reach:.2g} {answered['generalized']}"])
         ax.get_xticklabels()[0].set_horizontalalignment("left")
         ax.get_xticklabels()[1].set_horizontalalignment("right")
         ax.spines["bottom"].set_visible(False)
@@ -120,7 +122,7 @@ def _heatmap_panel(contrast: Contrast) -> Panel:
     return plot
 
 
-def draw_neuron(generalized_P: np.ndarray, memorized_P: np.ndarray, label: str) -> str:
+def draw_neuron(generalized_P: np.ndarray, memorized_P: np.ndarray, label: str, documents: bool = False) -> str:
     """SVG of one neuron's activations at the decision position under both phrasings of P pairs, and its label."""
 
     def plot() -> Figure:
@@ -134,7 +136,8 @@ def draw_neuron(generalized_P: np.ndarray, memorized_P: np.ndarray, label: str) 
             ax.axvline(mean, color=colour, linestyle=drawing.DASHED, linewidth=1.5)
             # Above its mean, on the side where the other one is not.
             side = "right" if mean < both.mean() else "left"
-            ax.text(mean, 1.02, ANSWERED[behaviour], ha=side, color=colour, transform=ax.get_xaxis_transform())
+            name, place = ANSWERED[documents][behaviour], ax.get_xaxis_transform()
+            ax.text(mean, 1.02, name, ha=side, color=colour, transform=place)
         ax.set(xlabel="activation", ylabel="phrasings")
         return figure
 

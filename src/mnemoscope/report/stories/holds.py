@@ -12,7 +12,7 @@ from mnemoscope.report.drawing import DASHED, INK, MUTED, OTHER, TONE, Dot, Line
 from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, View, not_measured
 from mnemoscope.report.records import Cell, Run
 from mnemoscope.report.rows import Part, drawn, scalar
-from mnemoscope.report.words import DIRECTIONS, NBSP, TOWARDS, Direction, listed, percent, ranged
+from mnemoscope.report.words import DIRECTIONS, NBSP, Direction, listed, percent, ranged
 from mnemoscope.runs.toward import Toward
 from mnemoscope.statistics import LEAST_GROUPS, Estimate, mean_with_range, over_seeds, proportion
 
@@ -189,5 +189,5 @@ def transfer(matrix: dict[str, dict[str, Part]]) -> Table | None:
             carried = by_method["best" if "best" in by_method else min(by_method)] if by_method else {}
             row.append(" / ".join(ranged(share) for share in carried.values()))
         rows.append([*row, ranged(found["probe"]) if "probe" in found else ""])
-    columns = ["", *(f"steered {towards} / Gaussian" for towards in TOWARDS.values()), "probe right"]
+    columns = ["", *(f"steered to {toward} / Gaussian" for toward in Toward), "probe right"]
     return Table("Learned on one task, tried on another of the same model", columns, rows) if rows else None

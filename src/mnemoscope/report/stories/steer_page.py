@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -14,11 +15,9 @@ from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, Vie
 from mnemoscope.report.rows import Part
 from mnemoscope.report.words import (
     AIMS,
-    CAPITAL,
     CONTROLS,
     LISTS,
     NBSP,
-    TOWARDS,
     Aim,
     Direction,
     changes,
@@ -37,7 +36,7 @@ def chapter(view: View) -> Chapter:
     task, steering = view.task, view.task.steering
     if not any(block[aim].shift.known for block in steering.values() for aim in AIMS):
         return Chapter(answer(task))
-    pushes = [_push_sentence(task.logit[direction], direction) for direction in steering]
+    pushes = [_push_sentence(task.logit[d], words.toward(d, task.documents)) for d in steering]
     anchors: dict[Aim, str] = {"pairs": "methods", "conflict": "methods-conflict"}
     by_aim = {aim: (anchor, [_methods_panel(task, d, aim) for d in steering]) for aim, anchor in anchors.items()}
     shown, folded = by_aim.pop(task.aim), by_aim.popitem()[1]
@@ -52,31 +51,29 @@ def chapter(view: View) -> Chapter:
 
 
 def answer(task: Part) -> Answer:
-    """Verdict and number are of the same directions: of two that work, the number is the smaller one."""
+    """The verdict on both directions, and each with its number."""
     question, aim = "Can it be steered?", task.aim
     steering = {direction: for_aim(block, aim) for direction, block in task.steering.items()}
     shifts = {d: share for d, block in steering.items() if (share := block[aim].shift).known}
-    measured = sorted(shifts, key=lambda d: shifts[d].estimate)
+    measured = list(shifts)
     if not measured:
         return not_measured("steer", question, task)
+    to = words.TOWARDS[task.documents]
     works = [d for d in measured if _surely_steers(task, steering[d].beside.get(aim))]
     verdict = "Steering does not surely work"
     if works:
-        where = "in both directions" if len(works) == 2 else TOWARDS[works[0]]
+        where = "in both directions" if len(works) == 2 else to[works[0]]
         verdict = f"Steering works{'' if all(shifts[d].estimate >= 0.5 for d in works) else ' in part,'} {where}"
     if all(share.too_few for share in shifts.values()):
         verdict = TOO_FEW
-    shown, *others = dict.fromkeys([*works, *measured])
-    beside = {d: f"strongest control: {words.strongest_control(steering[d], aim)}" for d in measured}
-    of = "test pairs" if aim == "pairs" else "test conflicts"
-    sentence = f"of {of} are steered {TOWARDS[shown]}; {beside[shown]}."
-    losses = [f"{words.largest_loss(changes(steering[d], aim), d)} {TOWARDS[d]}" for d in measured]
-    notes = [f"95{NBSP}% interval: {words.interval(shifts[shown])}."]
-    notes += [f"{CAPITAL[d]}: {ranged(shifts[d])}, {beside[d]}." for d in others]
-    notes.append(f"Largest loss: {words.listed(losses)}.")
-    control, share = steering[shown].beside.get(aim), shifts[shown]
-    mark = (control.shift.estimate, "strongest control") if control else (math.nan, "")
-    return Answer("steer", question, verdict, percent(share.estimate), sentence, " ".join(notes), share, mark)
+    found, of = list[Answer](), "test pairs" if aim == "pairs" else "test conflicts"
+    for d in measured:
+        control, share, loss = steering[d].beside.get(aim), shifts[d], words.largest_loss(changes(steering[d], aim), d)
+        sentence = f"of {of} are steered {to[d]}; strongest control: {words.strongest_control(steering[d], aim)}."
+        note = f"95{NBSP}% interval: {words.interval(share)}. Largest loss: {loss}."
+        mark = (control.shift.estimate, "strongest control") if control else (math.nan, "")
+        found.append(Answer("steer", question, verdict, percent(share.estimate), sentence, note, share, mark))
+    return replace(found[0], others=found[1:])
 
 
 def _surely_steers(task: Part, beside: Part | None) -> bool:
@@ -108,14 +105,15 @@ def _switch_panel(task: Part, direction: Direction) -> Panel:
 
 def table(task: Part) -> Table:
     """The best vector and its controls: what was steered, what was not, with intervals."""
-    rows = []
+    rows, to = [], words.TOWARDS[task.documents]
     for (direction, block), aim in product(task.steering.items(), AIMS):
         found = {"vector": (block[aim], "")}
         for name, control in block.controls.items():
             found[words.CONTROLS[name]] = (control[aim], percent(control.worst[aim].shift.estimate))
         for who, (each, worst) in found.items():
             numbers = [ranged(share) for share in (each.shift, each.stay, each.other)]
-            rows.append([f"{CAPITAL[direction]}, {LISTS[aim]}: {who}", *numbers, worst, f"{each.shift.n:,}"])
+            what = f"{to[direction].capitalize()}, {LISTS[aim]}: {who}"
+            rows.append([what, *numbers, worst, f"{each.shift.n:,}"])
     return Table("Steering, test split", ["", "steered", "unmoved", "neither", "worst draw", "answers"], rows)
 
 
@@ -135,7 +133,7 @@ def _methods_panel(task: Part, direction: Direction, aim: Aim) -> Panel:
 
 def methods_table(task: Part) -> Table:
     """The setting of each method, what it steers, its strongest control and its largest loss; then other ways."""
-    rows = []
+    rows, to = [], words.TOWARDS[task.documents]
     for direction in task.steering:
         for method, blocks in task.steering_by_method.items():
             block = blocks[direction]
@@ -144,13 +142,13 @@ def methods_table(task: Part) -> Table:
             alpha = "" if math.isnan(chosen.alpha) else f", alpha{NBSP}{chosen.alpha:.2g}"
             where = f"{chosen.site}, {words.layers(chosen.layers)}, {100 * chosen.top:g}{NBSP}% of neurons"
             strength = f"{chosen.strength:g}{alpha}{'' if chosen.within_limits else ' (beyond the limits)'}"
-            row = [f"{method}, {TOWARDS[direction]}{best}", where, strength, ranged(shift), f"{shift.n:,}"]
+            row = [f"{method}, {to[direction]}{best}", where, strength, ranged(shift), f"{shift.n:,}"]
             row += [words.strongest_control(block), ranged(block.conflict.shift)]
             rows.append([*row, words.largest_loss(block.collateral, direction)])
         for way, shift in other_ways(task, direction).items():
             of_pairs, of_conflicts = (ranged(shift), "") if task.aim == "pairs" else ("", ranged(shift))
             n = f"{shift.n:,}" if of_pairs else ""
-            rows.append([f"{way}, {TOWARDS[direction]}", "", "", of_pairs, n, "", of_conflicts, ""])
+            rows.append([f"{way}, {to[direction]}", "", "", of_pairs, n, "", of_conflicts, ""])
     columns = ["", "where", "strength", "pairs steered", "N", "strongest control", "conflicts steered", "largest loss"]
     return Table("Settings chosen on the tune split, and what they do on the test split", columns, rows)
 
@@ -159,13 +157,14 @@ def norms_table(task: Part) -> list[Table]:
     """All methods at equal norms: what each steers, its strongest control, and the difference; [] where left out."""
     norms = list(dict.fromkeys(norm for found in task.equal_norm.values() for norm in found))
     columns, rows = ["", *(f"norm {norm}" for norm in norms), "at a norm of its own", "which is"], []
+    to = words.TOWARDS[task.documents]
     for direction, found in task.equal_norm.items():
         for method in dict.fromkeys(method for by_method in found.values() for method in by_method):
             at_norms = [_at_norm_in_words(found.get(norm, {}).get(method)) for norm in norms]
-            rows.append([f"{method}, {TOWARDS[direction]}", *at_norms, "", ""])
+            rows.append([f"{method}, {to[direction]}", *at_norms, "", ""])
         if free := task.unpenalized.get(direction):  # its norm may be one of another site, and another in each seed
             own = ", ".join(f"{strength:g}" for strength in free.strengths)
-            heading = f"{PAPERS}, {TOWARDS[direction]}, whatever its controls do"
+            heading = f"{PAPERS}, {to[direction]}, whatever its controls do"
             rows.append([heading, *[""] * len(norms), _at_norm_in_words(free), own])
     last = None if any(row[-1] for row in rows) else -2
     title = "Test pairs steered at equal norms, strongest control: difference"
@@ -225,12 +224,12 @@ def simpler_panel(task: Part, direction: Direction) -> Panel:
     return dots_panel(direction, drawing.against("the vector", found, TONE[direction]))
 
 
-def _push_sentence(found: Part, direction: Direction) -> str:
+def _push_sentence(found: Part, towards: str) -> str:
     """A vector that does no more than one push for all is a bias on the answers."""
     if not found.shift.known:
         return ""
     sure = "" if found.vector_minus_logit.sign else ", no sure difference"
     return (
-        f"{CAPITAL[direction]}: the same {abs(found.push.estimate):.1f} nats for every pair steer "
+        f"{towards.capitalize()}: the same {abs(found.push.estimate):.1f} nats for every pair steer "
         f"{percent(found.shift.estimate)}; the vector steers {words.beyond(found.vector_minus_logit)}{sure}."
     )

@@ -14,7 +14,7 @@ from mnemoscope.report.drawing import DASHED, INK, MUTED, OTHER, TONE, Line, Pan
 from mnemoscope.report.page import Answer, Chapter, Exhibit, View, not_measured
 from mnemoscope.report.records import Cell
 from mnemoscope.report.rows import Part, parts_of, scalar, shares
-from mnemoscope.report.words import AIMS, CAPITAL, DIRECTIONS, TOWARDS, Aim, Direction, argmax, percent
+from mnemoscope.report.words import AIMS, DIRECTIONS, Aim, Direction, argmax, percent, toward
 from mnemoscope.statistics import Estimate, mean, over_seeds, proportion
 
 PAPERS = "nmd"  # the paper's own method
@@ -81,7 +81,7 @@ def _beyond_random(ours: pd.DataFrame, random: pd.DataFrame) -> Estimate:
 def _separations(rows: pd.DataFrame) -> pd.DataFrame:
     """One row per pair, averaged over draws: separation ``before`` and ``after``, what is ``lost``, and the group.
 
-    The separation is the margin of the side that is worked out minus that of the side that is remembered.
+    The separation is the margin of the generalized side minus that of the memorized one.
     """
     by_pair = rows.groupby(["example", "side"], observed=True)[["margin_before", "margin"]].mean().unstack("side")
     groups = rows.drop_duplicates("example").set_index("example").group
@@ -148,7 +148,7 @@ def chapter(view: View) -> Chapter:
     acts = [d for d in DIRECTIONS if by_layer.shift[d].methods or task.patch.get(d, {}).get("block")]
     panels += [_acts_panel(task, direction) for direction in acts]
     held = {d: task.ablation.get(block.chosen.method, {}).get(d) for d, block in task.steering.items()}
-    texts = [_needed(found, direction) for direction, found in held.items() if found]
+    texts = [_needed(found, toward(direction, task.documents)) for direction, found in held.items() if found]
     ablated = [_ablation_panel(found, direction) for direction, found in held.items() if found]
     return Chapter(answer(task), [Exhibit("depth", panels), Exhibit("ablation", ablated, texts)])
 
@@ -168,8 +168,8 @@ def answer(task: Part) -> Answer:
         return Answer("where", question, "In several layers together", sentence="No single layer was tried.")
     found, what = [], "pairs" if task.aim == "pairs" else "conflicts"
     for d, row in best.items():
-        how = f"by layer {row.layers} alone ({row.method}, strength {row.strength:g})"
-        found.append((percent(row.shift.estimate), f"of tune {what} are steered {TOWARDS[d]} {how}."))
+        how = f"{toward(d, task.documents)} by layer {row.layers} alone ({row.method}, strength {row.strength:g})"
+        found.append((percent(row.shift.estimate), f"of tune {what} are steered {how}."))
     layers = {row.layers for row in best.values()}
     verdict = f"Most in layer {layers.pop()}" if len(layers) == 1 else "In another layer for each direction"
     if len(alone) < len(task.by_layer.layers):
@@ -191,7 +191,7 @@ def _acts_panel(task: Part, direction: Direction) -> Panel:
     return lines_panel(direction, lines, "acts: layer", axis="share")
 
 
-def _needed(found: dict[str, Part], direction: Direction) -> str:
+def _needed(found: dict[str, Part], towards: str) -> str:
     """Whether the neurons are needed more than random ones, at the largest share that was held."""
     known = [top for top in sorted(found, key=float) if found[top].minus_random.known]
     if not known:
@@ -199,7 +199,7 @@ def _needed(found: dict[str, Part], direction: Direction) -> str:
     one, beyond = found[known[-1]].vector, found[known[-1]].minus_random
     verdict = {1: "needed", -1: "needed less than random ones", 0: "not surely needed more than random ones"}
     return (
-        f"{CAPITAL[direction]}: {verdict[beyond.sign]}. Holding {100 * float(known[-1]):g}\u00a0% takes "
+        f"{towards.capitalize()}: {verdict[beyond.sign]}. Holding {100 * float(known[-1]):g}\u00a0% takes "
         f"{one.lost.estimate:.1f} of {one.before.estimate:.1f} nats, {beyond.estimate:+.1f} ({beyond.low:.1f} to "
         f"{beyond.high:.1f}) against random neurons."
     )

@@ -49,8 +49,9 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
     (cell.records / "known.json").unlink(missing_ok=True)
     task, shape = common.cell_task(cell), cell.config.model
     facts: dict[str, Any] = {"task": task.name, "label": cell.label, "seed": cell.seed, "site": cell.config.pairs.site}
-    facts |= {"memory_is_conflict": task.memory_is_conflict, "options": cell.config.options}
-    facts |= {"analysed": cell.config.analysed, "shared_initialization": shape.shares_first_weights}
+    facts |= {"memory_is_conflict": task.memory_is_conflict, "documents": task.documents}
+    facts |= {"options": cell.config.options, "analysed": cell.config.analysed}
+    facts |= {"shared_initialization": shape.shares_first_weights}
     facts |= {"weights": QUANTIZED} if shape.folder in PACKAGED else {}
     if shape.is_trained:
         asking, trained, attempt = _trained(cell, task, tell)
