@@ -298,7 +298,8 @@ def test_the_long_table_has_every_estimate_of_the_results_once(run: Path, result
 def test_what_is_in_the_results_is_explained(results: Part) -> None:
     """By the stories; beside it a task has what is not measured."""
     told = {key for story in explained().values() for key in story["results"]}
-    facts = {"seeds", "aim", "memory_is_conflict", "documents", "weights", "chosen_by_seed", "per_seed"}
+    facts = {"seeds", "aim", "levers", "left_out", "memory_is_conflict", "documents", "weights", "chosen_by_seed"}
+    facts |= {"per_seed", "judged"}
     for task in results.tasks.values():
         assert set(task) - facts <= told
     parts = {name: part["keys"] for story in explained().values() for name, part in story.get("parts", {}).items()}
