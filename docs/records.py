@@ -14,7 +14,7 @@ RESULTS = """## results.json
 R is `{estimate, low, high, n, groups}`: a number with its 95 % interval and what it counts. The file has `schema`,
 `study`, `failed` (why a cell could not go on), `seeds`, `transfer` and `tasks`. A task has the other keys below; its
 `seeds`, `aim` (what its vectors are for), `memory_is_conflict`, `documents` and `weights` (of a packaged model); of a
-fit `levers` (by direction the best method), `left_out` (methods that cannot be had here, and why) and `judged` (splits);
+fit `levers` (by direction the best method), `left_out` (what cannot be had here, and why) and `judged` (splits);
 `chosen_by_seed`, the best methods; and `per_seed`, the same keys of each seed. `mnemoscope.report.rows.table` gives
 all estimates as one long table.
 """

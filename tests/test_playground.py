@@ -236,7 +236,8 @@ def test_a_question_is_asked_rephrased_and_steered(tab: Any) -> None:
     plain, steered = tab.locator("#plain .said"), tab.locator("#steered .said")
     expect(tab.locator("#plain.is-memorized:not(.waiting)")).to_have_count(1)
     remembered = plain.text_content()
-    expect(steered).to_have_text(remembered)
+    expect(tab.locator("#slid")).to_contain_text("1.00 \u00d7 the run's vector towards working it out")
+    expect(tab.locator("#ranks")).to_contain_text(re.compile(r"ranks \S+ % of test prompts .* the wording alone \S+ %"))
     expect(tab.locator("#layer-rows tr")).to_have_count(2)
     tab.locator("#rephrase").click()
     expect(tab.locator("#plain.is-generalized:not(.waiting)")).to_have_count(1)
@@ -263,7 +264,9 @@ def test_the_slider_shows_what_the_api_says(tab: Any, client: TestClient) -> Non
     expect(tab.locator("#plain.is-memorized:not(.waiting)")).to_have_count(1)
     question = client.get(f"{CELL}/questions?n=24").json()[0]["memorized"]
     assert tab.locator("#prompt").input_value() == question["prompt"]
-    unsteered = expected(client, question)
+    unsteered, methods = expected(client, question), client.get(CELL).json()["methods"]
+    best = next(method for method, of in methods.items() if of["generalized"]["best"])  # it starts steered
+    assert shown(tab, "steered") == expected(client, question, {"toward": "generalized", "method": best})
     tab.locator("#finer summary").click()
     for method, place, neurons in (("nmd", 1, None), ("learned", 2, None), ("learned", -1.5, None), ("nmd", 1, 3)):
         tab.locator("#method").select_option(method)

@@ -105,8 +105,16 @@ class OpenedCell:
 
     def facts(self) -> CellFacts:
         """Its layers, vectors and whether it has a detector."""
-        layers = len(blocks_of(self._asking.model))
-        return CellFacts(layers=layers, detects=self._detector is not None, methods=self.vectors.facts())
+        card = self._detector.card if self._detector else None
+        ranked = (card.auroc if card else None) or {}
+        return CellFacts(
+            layers=len(blocks_of(self._asking.model)),
+            documents=self._records.task.documents,
+            detects=self._detector is not None,
+            auroc=ranked.get("estimate"),
+            auroc_of_input=ranked.get("input_only"),
+            methods=self.vectors.facts(),
+        )
 
     def pairs(self, n: int) -> list[Pair]:
         """Up to ``n`` test pairs, one of every group before a second of any."""

@@ -148,7 +148,7 @@ class Neurons:
             yield Look(share=done / total)
         nmd_LD, rho_LD = (np.abs(np.nan_to_num(a)) for a in (self._contrast.nmd_LD, self._contrast.rho_LD))
         generalized_P, memorized_P = (np.array(states_P[toward]) for toward in Toward)
-        label = f"Neuron {neuron} of layer {layer} where the model remembered and where it worked it out"
+        label = f"Neuron {neuron} of layer {layer} where answers are memorized and where they are generalized"
         found = Watched(
             layer=layer,
             neuron=neuron,

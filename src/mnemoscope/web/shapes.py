@@ -110,10 +110,16 @@ class VectorFacts(Shape):
 
 
 class CellFacts(Shape):
-    """An opened cell: how many layers its model has, whether it has a detector, and the two vectors of each method."""
+    """An opened cell: how many layers its model has, the two vectors of each method, and whether it has a detector.
+
+    ``documents``: whether its task quotes some. ``auroc``: of test prompts, by P(memorized) and by the input alone.
+    """
 
     layers: int
+    documents: bool
     detects: bool
+    auroc: Number = None
+    auroc_of_input: Number = None
     methods: dict[str, dict[Toward, VectorFacts]]
 
 

@@ -122,7 +122,7 @@ def _heatmap_panel(contrast: Contrast, answered: Mapping[str, str]) -> Panel:
     return plot
 
 
-def draw_neuron(generalized_P: np.ndarray, memorized_P: np.ndarray, label: str, documents: bool = False) -> str:
+def draw_neuron(generalized_P: np.ndarray, memorized_P: np.ndarray, label: str) -> str:
     """SVG of one neuron's activations at the decision position under both phrasings of P pairs, and its label."""
 
     def plot() -> Figure:
@@ -136,8 +136,7 @@ def draw_neuron(generalized_P: np.ndarray, memorized_P: np.ndarray, label: str, 
             ax.axvline(mean, color=colour, linestyle=drawing.DASHED, linewidth=1.5)
             # Above its mean, on the side where the other one is not.
             side = "right" if mean < both.mean() else "left"
-            name, place = ANSWERED[documents][behaviour], ax.get_xaxis_transform()
-            ax.text(mean, 1.02, name, ha=side, color=colour, transform=place)
+            ax.text(mean, 1.02, behaviour, ha=side, color=colour, transform=ax.get_xaxis_transform())
         ax.set(xlabel="activation", ylabel="phrasings")
         return figure
 

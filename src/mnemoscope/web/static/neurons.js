@@ -137,7 +137,7 @@ function show(seen) {
   by("ranks").textContent =
     `Of ${all.toLocaleString("en")} neurons it is number ${seen.rank_nmd} by mean difference and number ` +
     `${seen.rank_rho} by correlation. On ${seen.pairs} tune pairs it is ${number(seen.mean_generalized)} where ` +
-    `the answer was worked out, ${number(seen.mean_memorized)} where it was remembered.`;
+    `the answer was generalized, ${number(seen.mean_memorized)} where it was memorized.`;
   by("alone").replaceChildren(
     ...seen.alone.map((row) => {
       const line = document.createElement("tr");

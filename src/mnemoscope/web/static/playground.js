@@ -8,7 +8,11 @@ const problem = by("problem");
 let facts, pairs = [], asked = null, phrasing = 0, plain = null, asks = 0;
 let answered = ""; // the question that `plain` is the answer to
 
-const wordOf = { memorized: "remembered", generalized: "worked out", other: "neither of the two" };
+const WORDS = {
+  rules: { memorized: "remembered", generalized: "worked out", to_memorized: "towards remembering", to_generalized: "towards working it out" },
+  documents: { memorized: "from memory", generalized: "from context", to_memorized: "to memory", to_generalized: "to context" },
+};
+let wordOf = { other: "neither of the two" };
 
 function questionOnPage() {
   const same = asked && ["prompt", "memorized", "generalized"].every((key) => by(key).value === asked[key]);
@@ -30,6 +34,7 @@ const toward = () => (Number(by("slider").value) < 0 ? "memorized" : "generalize
 
 function steeringOnPage() {
   const alpha = Math.abs(Number(by("slider").value));
+  if (!isVector()) return { toward: toward(), method: by("method").value, alpha, layers: null, neurons: null };
   const chosen = [...by("layers").querySelectorAll("input:checked")].map((box) => Number(box.value));
   if (!chosen.length) throw new Error("layers: choose one at least");
   const usual = vectorNow().layers;
@@ -44,6 +49,7 @@ function steeringOnPage() {
 }
 
 const vectorNow = () => facts.methods[by("method").value][toward()];
+const isVector = () => vectorNow().layers.length > 0; // not words, decoding or an adapter
 const bestMethod = (way) => Object.keys(facts.methods).find((name) => facts.methods[name][way].best);
 
 function show(side, answer) {
@@ -61,9 +67,9 @@ function show(side, answer) {
   const reading = answer.reading;
   let line = "";
   if (reading) {
-    line = `P(remembered) at layer ${reading.layer}, before it answers: ${percent(reading.p_memorized)}.`;
+    line = `P(memorized) at layer ${reading.layer}, before it answers: ${percent(reading.p_memorized)}.`;
     if (reading.unlike) line += " The prompt is unlike those the detector was fitted on: do not rely on this.";
-    else if (reading.p_conflict !== null && reading.p_conflict < 0.5) line += " Memory and rule seem to agree on this prompt.";
+    else if (reading.p_conflict !== null && reading.p_conflict < 0.5) line += " Memory and prompt seem to agree here.";
   }
   card.querySelector(".verdict-line").textContent = line;
   showLayers(side, reading);
@@ -171,12 +177,13 @@ function say(steered) {
 
 function describe() {
   const value = Number(by("slider").value), vector = vectorNow();
-  const way = value < 0 ? "towards remembering" : "towards working it out";
-  const words = value === 0 ? "Unsteered." : `${Math.abs(value).toFixed(2)} × the run's vector ${way} (${by("method").value}).`;
+  const way = wordOf[`to_${toward()}`], lever = isVector() ? "vector" : vector.lever;
+  const words = value === 0 ? "Unsteered." : `${Math.abs(value).toFixed(2)} × the run's ${lever} ${way} (${by("method").value}).`;
   by("slid").textContent = words;
   by("rephrase").disabled = !questionOnPage().item;
   by("slider").setAttribute("aria-valuetext", words);
-  by("shifts").textContent = `The run's vector ${way}: ${vector.neurons} neurons at ${vector.site}, ${ranges(vector.layers)}, strength ${vector.strength.toPrecision(2)}.`;
+  by("of-layers").hidden = by("neurons").parentElement.hidden = !isVector();
+  by("shifts").textContent = !isVector() ? `The run's ${lever} ${way} acts as a whole.` : `The run's vector ${way}: ${vector.neurons} neurons at ${vector.site}, ${ranges(vector.layers)}, strength ${vector.strength.toPrecision(2)}.`;
 }
 
 // "layers 3, 9 to 29"
@@ -217,7 +224,11 @@ function offerPairs() {
 async function start() {
   try {
     facts = await call(path);
+    wordOf = { ...wordOf, ...WORDS[facts.documents ? "documents" : "rules"] };
+    for (const one of document.querySelectorAll("[data-word]")) one.textContent = wordOf[one.dataset.word];
     by("no-detector").hidden = facts.detects;
+    by("ranks").hidden = facts.auroc === null;
+    by("ranks").textContent = `It ranks ${percent(facts.auroc)} of test prompts right (AUROC), the wording alone ${percent(facts.auroc_of_input)}.`;
     by("by-layer").hidden = by("layer-table").hidden = !facts.detects;
     by("layer-table").classList.toggle("many", facts.layers > 12);
     for (const name in facts.methods) by("method").append(new Option(name, name));
