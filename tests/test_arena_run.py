@@ -26,7 +26,7 @@ from mnemoscope.config import parse_arena
 from mnemoscope.interventions import Intervention
 from mnemoscope.report import build_arena
 from mnemoscope.report.rows import parts_of, to_json
-from mnemoscope.report.stories.arena import Records, results_of
+from mnemoscope.report.stories.arena import ArenaRecords, results_of
 from mnemoscope.report.words import percent
 from mnemoscope.runs.digests import write_marker
 from mnemoscope.runs.errors import InputError
@@ -82,7 +82,7 @@ def test_no_group_is_fitted_on_and_judged(little: Asking) -> None:
 
 @pytest.mark.parametrize("toward", ["generalized", "memorized"])
 def test_results_follow_from_the_records(finished: Path, toward: str) -> None:
-    records = Records.of(finished / "arena")
+    records = ArenaRecords.of(finished / "arena")
     results = results_of(records)
     written = (finished / "arena" / "results.json").read_text()
     assert to_json(parts_of(json.loads(written))) == written == to_json(results)
@@ -111,7 +111,7 @@ def test_results_follow_from_the_records(finished: Path, toward: str) -> None:
 
 def test_a_gate_leaves_answers_as_they_were_where_it_does_not_act(finished: Path) -> None:
     """A gate that acts on every second prompt in place of the run's own."""
-    records = Records.of(finished / "arena")
+    records = ArenaRecords.of(finished / "arena")
     assert records.frame["no_gate"] == ""
     records = replace(records, set=records.set.assign(acts_generalized=np.arange(len(records.set)) % 2.0))
     results = results_of(records)
@@ -132,7 +132,7 @@ def test_the_page_and_its_markdown_show_every_method(finished: Path) -> None:
     assert page.count("<svg") == 4
     assert "http" not in page.replace("http://www.w3.org", "")
     assert "To follow memory: answers" in page
-    results = results_of(Records.of(finished / "arena"))
+    results = results_of(ArenaRecords.of(finished / "arena"))
     printed = "\n".join(arena.page([results, results]))
     for name in (*CHEAP, "unsteered"):
         assert f'<th scope="row">{name}</th>' in page
@@ -285,4 +285,4 @@ def test_too_few_groups_and_nothing_known_are_refused(little: Asking, tmp_path: 
     with pytest.raises(InputError, match="it knows none of the task's facts by heart"):
         run(little, tmp_path, task=Foreign())
     with pytest.raises(InputError, match="holds no arena"):
-        Records.of(tmp_path / "arena")
+        ArenaRecords.of(tmp_path / "arena")

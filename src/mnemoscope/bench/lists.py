@@ -308,7 +308,7 @@ def known_conflicts(
         chosen = np.flatnonzero(is_known)
         drawn, bares = [drawn[i] for i in chosen], [bares[i] for i in chosen]
         if not drawn:
-            raise InputError(f"model: it answers no bare question of the {split} split by heart, so nothing is known")
+            raise InputError(f"model: it knows 0 of {len(asked)} {split} items without context")
     return drawn[:n], bares[:n]
 
 

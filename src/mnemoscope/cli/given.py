@@ -13,7 +13,7 @@ import typer
 from mnemoscope.runs.errors import InputError, meant
 
 _A_MODEL = "Folder or hub id of a causal model, or smollm2, or gemma3-270m."
-_CODE = "package.module:Class of a task of yours: its code is run. May be repeated; no file allows one."
+_CODE = "package.module:Class: import and run this task of yours; run folders cannot request it. May be repeated."
 _TASK = "A task, see `mnemoscope tasks`, or a file of your own: JSONL, CSV, Parquet or JSON."
 _SOURCE = "A run, a cell of one, or the file of a vector or a detector."
 

@@ -1,4 +1,4 @@
-"""Edits of a model's states inside a context: shift, ablate, patch; the only hook that writes.
+"""Edits of a model's states inside a context: shift, ablate, patch; the only hook here that writes.
 
 Shapes: N examples, T tokens (columns) of a pass, L layers, D neurons, R rows of a pass.
 """

@@ -68,7 +68,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
-    with made(path.parent):
+    with making(path.parent):
         _delete(temporary)  # of a killed process with the same id, or a link that somebody put there
         try:
             yield temporary
@@ -94,7 +94,7 @@ def sweep(folder: Path) -> None:
 
 
 @contextmanager
-def made(folder: Path) -> Iterator[None]:
+def making(folder: Path) -> Iterator[None]:
     """Make a folder with its parents; where the context raises, those of them that are still empty go again."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)

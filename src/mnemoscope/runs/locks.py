@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from mnemoscope.runs.digests import check_closed
 from mnemoscope.runs.errors import InputError, StudyError
-from mnemoscope.runs.files import check_replaceable, made
+from mnemoscope.runs.files import check_replaceable, making
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def locked(folder: Path, worth: Callable[[], bool]) -> Iterator[None]:
     what a StudyError leaves, which reports on what was done, and whatever a user stops.
     """
     path = folder / ".lock"
-    with made(folder):
+    with making(folder):
         check_replaceable(path)
         check_closed(folder)
         known, lock = path.exists(), FileLock(path)

@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from mnemoscope.config import NAME
 from mnemoscope.web.cell import OpenedCell
-from mnemoscope.web.shapes import Answer, Asked, CellFacts, Look, NeuronMap, Pair, Question, Refusal, RunFacts
+from mnemoscope.web.shapes import Answer, Asked, Look, NeuronMap, OpenedFacts, Pair, Question, Refusal, RunFacts
 
 Name = Annotated[str, Path(pattern=NAME)]
 Index = Annotated[int, Path(ge=0, le=2**24)]
@@ -42,7 +42,7 @@ def list_runs(request: Request) -> list[RunFacts]:
 
 
 @router.get(CELL)
-async def show_cell(at: At) -> CellFacts:
+async def show_cell(at: At) -> OpenedFacts:
     """An opened cell: its layers and vectors."""
     return await at(OpenedCell.facts)
 

@@ -35,7 +35,7 @@ from mnemoscope.study.cells import Cell, cells_of
 from mnemoscope.study.stages import Records, cell_model, with_kept_data
 from mnemoscope.tasks import Example, allowed_code
 from mnemoscope.web.parts import Neurons, Vectors
-from mnemoscope.web.shapes import Answer, CellFacts, DetectorReading, Pair, Question, Steering
+from mnemoscope.web.shapes import Answer, DetectorReading, OpenedFacts, Pair, Question, Steering
 
 PREFIXES = 2  # prompts whose caches are kept: while a slider moves, the prompt stays
 LONGEST = 2048  # tokens of a prompt, at most: one request is not to keep a model for minutes
@@ -103,11 +103,11 @@ class OpenedCell:
         # A question as a batch of one, its prompt read up to the decision position.
         self._prefix = lru_cache(PREFIXES)(lambda example: with_prefixes(asking, [example]))
 
-    def facts(self) -> CellFacts:
+    def facts(self) -> OpenedFacts:
         """Its layers, vectors and whether it has a detector."""
         card = self._detector.card if self._detector else None
         ranked = (card.auroc if card else None) or {}
-        return CellFacts(
+        return OpenedFacts(
             layers=len(blocks_of(self._asking.model)),
             documents=self._records.task.documents,
             detects=self._detector is not None,

@@ -27,7 +27,7 @@ from mnemoscope.runs.schemas import read_chosen
 from mnemoscope.statistics.contrast import Contrast
 from mnemoscope.study.cells import Cell
 from mnemoscope.tasks import Example
-from mnemoscope.web.shapes import Look, NeuronMap, Steering, VectorFacts, Watched
+from mnemoscope.web.shapes import LeverFacts, Look, NeuronMap, Steering, Watched
 
 PREFIXES = 2**28  # bytes of prompt caches kept: people look at one neuron after the other
 TIMES = (1.0, 4.0, 16.0)  # multiples of its mean difference by which a neuron alone is shifted
@@ -47,15 +47,15 @@ class Vectors:
             self._vectors[Toward.of(direction), method] = one = load_intervention(intact(path))
             one.check(asking.model, asking.tokenizer, found=binding)
 
-    def facts(self) -> dict[str, dict[Toward, VectorFacts]]:
+    def facts(self) -> dict[str, dict[Toward, LeverFacts]]:
         """What the run has of each method, in both directions."""
-        found: dict[str, dict[Toward, VectorFacts]] = {method: {} for method in self._methods}
+        found: dict[str, dict[Toward, LeverFacts]] = {method: {} for method in self._methods}
         for (toward, method), one in self._vectors.items():
             own: dict[str, Any] = {"lever": one.lever, "best": self._best[toward.direction] == method}
             if isinstance(one, SteeringVector):
                 own |= {name: getattr(one, name) for name in ("site", "layers", "strength")}
                 own |= {"free": self._is_free(one), "neurons": _shifted(one)}
-            found[method][toward] = VectorFacts(**own)
+            found[method][toward] = LeverFacts(**own)
         return found
 
     def part(self, steering: Steering) -> Intervention:

@@ -97,7 +97,7 @@ class Answer(Shape):
     reading: DetectorReading | None = None
 
 
-class VectorFacts(Shape):
+class LeverFacts(Shape):
     """A lever of a cell, of vectors with what they shift; ``free``: any layers and number of neurons can be taken."""
 
     lever: str
@@ -109,7 +109,7 @@ class VectorFacts(Shape):
     free: bool = False
 
 
-class CellFacts(Shape):
+class OpenedFacts(Shape):
     """An opened cell: how many layers its model has, the two vectors of each method, and whether it has a detector.
 
     ``documents``: whether its task quotes some. ``auroc``: of test prompts, by P(memorized) and by the input alone.
@@ -120,7 +120,7 @@ class CellFacts(Shape):
     detects: bool
     auroc: Number = None
     auroc_of_input: Number = None
-    methods: dict[str, dict[Toward, VectorFacts]]
+    methods: dict[str, dict[Toward, LeverFacts]]
 
 
 class NeuronMap(Shape):

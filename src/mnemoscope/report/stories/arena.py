@@ -31,7 +31,7 @@ SEED = 41  # of the random sign flips
 
 
 @dataclass(frozen=True)
-class Records:
+class ArenaRecords:
     """The records of an arena.
 
     Attributes:
@@ -47,7 +47,7 @@ class Records:
     left_out: Mapping[str, str]
 
     @classmethod
-    def of(cls, folder: Path) -> Records:
+    def of(cls, folder: Path) -> ArenaRecords:
         """Read them; InputError where the folder holds no arena, or a file is damaged."""
         if not (folder / "frame.json").is_file():
             raise InputError(f"run: {folder.parent} holds no arena (it has no arena/frame.json)")
@@ -97,7 +97,7 @@ def _table(path: Path) -> pd.DataFrame:
     return pd.read_parquet(bounded_table(path))
 
 
-def results_of(records: Records) -> Part:
+def results_of(records: ArenaRecords) -> Part:
     """All numbers of the page, as ``arena/results.json`` has them."""
     frame, names, by_answers = records.frame, records.methods, records.frame.get("by_answers")
     methods = {
@@ -142,7 +142,7 @@ def results_of(records: Records) -> Part:
     return found
 
 
-def _measure(records: Records, name: str, toward: Toward) -> dict[str, Any]:
+def _measure(records: ArenaRecords, name: str, toward: Toward) -> dict[str, Any]:
     """What one method, or the model itself, does towards one behaviour."""
     sides = {"wanted": toward, "opposite": toward.opposite, "neither": "other"}
     found: dict[str, Any] = {key: records.share(name, toward, "conflict", side) for key, side in sides.items()}
@@ -162,7 +162,7 @@ def _measure(records: Records, name: str, toward: Toward) -> dict[str, Any]:
     }
 
 
-def _chosen(records: Records, name: str, toward: str) -> dict[str, Any]:
+def _chosen(records: ArenaRecords, name: str, toward: str) -> dict[str, Any]:
     """What was chosen of a method on tune, and its control of equal norm: the mean of all draws, and the worst."""
     about, table = records.facts[name]["toward"][toward], records.part(name, toward, "answers")
     part, control = table[(table["list"] == "conflict") & (table["draw"] >= 0)], None
@@ -180,7 +180,7 @@ def _chosen(records: Records, name: str, toward: str) -> dict[str, Any]:
     }
 
 
-def _mixed(records: Records, name: str, toward: str) -> tuple[Estimate, dict[str, Any] | None]:
+def _mixed(records: ArenaRecords, name: str, toward: str) -> tuple[Estimate, dict[str, Any] | None]:
     """Share of right answers on conflicts, agreeing and bare questions in equal parts, without and with the gate.
 
     Right is the wanted answer of a conflict, and the answer that stays elsewhere. Where the gate does not act, the
@@ -203,7 +203,7 @@ def _mixed(records: Records, name: str, toward: str) -> tuple[Estimate, dict[str
     return mix, asdict(proportion(table["gated"], table["group"])) | means
 
 
-def _best(records: Records, toward: str, methods: Sequence[str]) -> str | None:
+def _best(records: ArenaRecords, toward: str, methods: Sequence[str]) -> str | None:
     """The method of the highest worth on the tune split, which no test figure chose."""
     worth = {name: records.facts[name]["toward"][toward]["tune"]["worth"] for name in methods}
     return max(worth, key=lambda name: worth[name]) if worth else None

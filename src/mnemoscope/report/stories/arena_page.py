@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from mnemoscope.report.drawing import COLOUR, FINE, INK, MUTED, RULE, Panel, canvas, draw
 from mnemoscope.report.page import Table, filled
 from mnemoscope.report.rows import Part, to_json
-from mnemoscope.report.stories.arena import UNSTEERED, Records, results_of
+from mnemoscope.report.stories.arena import UNSTEERED, ArenaRecords, results_of
 from mnemoscope.report.words import percent
 from mnemoscope.runs.digests import write_marker
 from mnemoscope.runs.files import write_atomically
@@ -34,10 +34,10 @@ def build_arena(run: Path, beside: Sequence[Path] = ()) -> Path:
     Raises:
         InputError: a run holds no arena, or its records are damaged.
     """
-    results = results_of(Records.of(run / "arena"))
+    results = results_of(ArenaRecords.of(run / "arena"))
     written = write_atomically(run / "arena" / "results.json", to_json(results).encode())
     write_marker(run / "arena", "report", [written])
-    found = [results, *(results_of(Records.of(other / "arena")) for other in beside)]
+    found = [results, *(results_of(ArenaRecords.of(other / "arena")) for other in beside)]
     shown = [
         {
             "name": arena_name(one),

@@ -10,19 +10,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mnemoscope.interventions import Artefact, Card, Intervention, Toward, chosen_paths, load_intervention
+from mnemoscope.interventions import Artefact, Card, Intervention, chosen_paths, load_intervention
 from mnemoscope.interventions.detect import Detector
+from mnemoscope.report.words import counted
 from mnemoscope.runs.schemas import CellFacts
 from mnemoscope.runs.strict import read_json
 from mnemoscope.statistics import auroc, proportion
 from mnemoscope.study.cells import Cell, Tell, version
 
 LIBRARIES = ("torch", "transformers")
-# Lists that steering should leave alone, towards memory without new questions, of which nothing can be remembered.
-KEPT: dict[Toward, tuple[str, ...]] = {
-    Toward.GENERALIZED: ("memory", "novel", "conflict_rest"),
-    Toward.MEMORIZED: ("memory", "conflict_rest"),
-}
 
 
 def cards_stage(cell: Cell, tell: Tell) -> list[Path]:
@@ -69,7 +65,7 @@ def _of_vector(
     # Where memory examples are the conflicts themselves, steering them to the rule is the aim.
     is_aim = read_json(cell.folder / "cell.json", CellFacts)["memory_is_conflict"]
     left_out = ["memory"] if is_aim and vector.toward == "generalized" else []
-    lists = [name for name in KEPT[vector.toward] if name not in left_out]
+    lists = [name for name in counted(vector.toward.direction) if name not in left_out]
     kept = mine[mine["examples"].isin(lists) & (mine["role"] == "vector")]
     wanted = np.where(kept["examples"] == "conflict_rest", vector.toward, "correct")
     right = (kept["after"] == wanted).astype(float) - (kept["before"] == wanted).astype(float)
