@@ -340,7 +340,7 @@ def test_what_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
         watcher_of(before)
     for arguments, told in (
         (("watch", str(tmp_path)), "RUN: "),
-        (("emergence", "a", "--task", "facts", "-o", str(tmp_path), "--split", "none"), "split: 'none'"),
+        (("emergence", "a", "--task", "facts", "-o", str(tmp_path), "--split", "none"), "Invalid value for '--split'"),
     ):
         code, _, err = call(*arguments)
         assert (code, err.startswith(f"error: {told}")) == (2, True), err

@@ -251,7 +251,7 @@ def test_doctor_reports_in_words_and_for_machines(tmp_path: Path, options: tuple
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--dtype", "float8"], "dtype: "),
+        (["--dtype", "float8"], "Invalid value for '--dtype': "),
         (["--prompt", "w1"], "prompts: all have one length"),
         (["--layout", "blocks=nowhere,attention=a,mlp=b"], "layout.blocks: 'nowhere' is no list of blocks"),
         (["--layout", "parts=x"], "layout.blocks: Field required"),

@@ -151,7 +151,12 @@ class Asking:
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of formatted texts; a chat template has added its special tokens already."""
-        return self.tokenizer(list(texts), add_special_tokens=not self.prompting.chat).input_ids
+        try:
+            return self.tokenizer(list(texts), add_special_tokens=not self.prompting.chat).input_ids
+        except BaseException as error:  # a panic of the library is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise InputError(f"tokenizer: it cannot read the prompts ({str(error).splitlines()[0]})") from error
 
     def padded(self, texts: Sequence[str]) -> Any:
         """Left-padded ``input_ids`` and ``attention_mask`` (N, T) of formatted texts, on the model's device.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -28,7 +28,7 @@ def run(
     seeds: Annotated[int | None, typer.Option(help="Number of seeds; default: the study's.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="As cells.inference.model.layers=6.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: as processors allow.")] = None,
-    executor: Annotated[str, typer.Option(help="local, or ray: every cell is a task of a Ray cluster.")] = "local",
+    executor: Annotated[Literal["local", "ray"], typer.Option(help="ray: cells are tasks of a cluster.")] = "local",
     address: Annotated[str | None, typer.Option(help="Of the Ray cluster; default: this machine alone.")] = None,
     allow_code: given.AllowCode = None,
     as_json: given.AsJson = False,
@@ -73,8 +73,8 @@ def fit(
     out: Annotated[Path, typer.Option("-o", "--out", help=_FITTED, callback=given.of_out)],
     option: given.TaskOptions = None,
     settings: Annotated[int, typer.Option(help="Settings tried in either direction, at most; 8 or more.")] = 32,
-    positions: Annotated[str, typer.Option(help="decision, or all: every token, for export.")] = "decision",
-    aim: Annotated[str, typer.Option(help="What vectors are for: conflict, as users meet it, or pairs.")] = "conflict",
+    positions: Annotated[Literal["decision", "all"], typer.Option(help="all: for export.")] = "decision",
+    aim: Annotated[Literal["conflict", "pairs"], typer.Option(help="conflict: as users meet it.")] = "conflict",
     lost: Annotated[float, typer.Option(min=0, max=1, help="Share of other answers that a vector may cost.")] = 0.08,
     neither: Annotated[float, typer.Option(min=0, max=1, help="Share it may leave answered neither way.")] = 0.12,
     threads: Annotated[int | None, typer.Option(min=1, help="Processors to use; default: all there are.")] = None,

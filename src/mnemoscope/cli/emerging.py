@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from mnemoscope.cli import given
 from mnemoscope.cli.shared import app, formatted, options, say
 
-_SPLIT, _CONTRAST = "Of the task, what is asked: fit, tune or test.", "A site where behaviours are compared by layer."
-SITES = ("block", "attention", "mlp", "neuron")
+Site = Literal["block", "attention", "mlp", "neuron"]
 SHOWN = {"worked out": "conflict_generalized", "remembered": "conflict_memorized", "other": "conflict_other"}
 SHOWN |= {"new right": "novel_accuracy", "recalled": "recall"}
 
@@ -26,11 +25,11 @@ def watch(
     every: Annotated[float | None, typer.Option(min=1.0, help="SECONDS between two looks at whether it grew.")] = None,
 ) -> None:
     """Draw how both behaviours emerge while a model trains; with --every, until it is stopped."""
-    from mnemoscope.report.emergence import draw_curve
-    from mnemoscope.watch import Curve
-    from mnemoscope.watch.curve import PICTURE, table_of
+    from mnemoscope.watch.curve import PICTURE, Curve, table_of
 
     path, seen = table_of(source), -1
+    from mnemoscope.report.emergence import draw_curve
+
     while True:
         curve = Curve.open(path)
         if len(curve.rows) != seen:
@@ -54,8 +53,8 @@ def emergence(
     option: given.TaskOptions = None,
     examples: Annotated[int, typer.Option(min=1, help="Questions of each kind, at most.")] = 200,
     rephrasings: Annotated[int, typer.Option(min=0, help="Of each conflict, to find pairs; 0: no pairs.")] = 1,
-    split: Annotated[str, typer.Option(help=_SPLIT, callback=given.one_of("split", "fit", "tune", "test"))] = "tune",
-    contrast: Annotated[str | None, typer.Option(help=_CONTRAST, callback=given.one_of("contrast", *SITES))] = None,
+    split: Annotated[Literal["fit", "tune", "test"], typer.Option(help="Of the task, what is asked.")] = "tune",
+    contrast: Annotated[Site | None, typer.Option(help="Where the behaviours are compared by layer.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or id with it, where checkpoints have none.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides which questions are drawn.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per pass, at most.")] = 64,

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from mnemoscope.runs.errors import InputError, meant
+from mnemoscope.runs.errors import InputError
 
 _A_MODEL = "Folder or hub id of a causal model, or smollm2, or gemma3-270m."
 _CODE = "package.module:Class: import and run this task of yours; run folders cannot request it. May be repeated."
@@ -34,28 +34,18 @@ def by(place: str) -> Callable[[Any], Any]:
     return checked(lambda value: resolve_name(place)(value))
 
 
-def one_of(field: str, *allowed: str) -> Callable[[Any], Any]:
-    """A callback that refuses all but some names."""
-
-    def check(value: str) -> None:
-        if value not in allowed:
-            raise InputError(f"{field}: {value!r} is not one of {', '.join(allowed)}{meant(value, allowed)}")
-
-    return checked(check)
-
-
 def named_parts(layout: str | None) -> dict[str, str] | None:
     """The paths in ``--layout`` by name."""
     return dict(part.partition("=")[::2] for part in layout.split(",")) if layout else None
 
 
-def _opened(**how: Any) -> None:
-    resolve_name("mnemoscope.config:parse_model")({"folder": ".", **how})
+def _layout(given: str) -> None:
+    resolve_name("mnemoscope.config:parse_model")({"folder": ".", "layout": named_parts(given)})
 
 
 def _source(path: Path) -> None:
     if not (path.is_file() and path.with_suffix(".json").is_file()):
-        resolve_name("mnemoscope.runs.digests:cells_of")(path)
+        resolve_name("mnemoscope.runs.digests:chosen_cells")(path)
 
 
 def _out(folder: Path) -> None:
@@ -72,7 +62,7 @@ def _prompt(text: str) -> None:
 _opening = partial(typer.Option, rich_help_panel="How the model is opened")
 _formatting = partial(typer.Option, rich_help_panel="How prompts are formatted")
 of_model, of_run = by("mnemoscope.models:check_named"), by("mnemoscope.runs.digests:check_run")
-of_source, of_out, of_toward = checked(_source), checked(_out), by("mnemoscope.face.stored:known_behaviour")
+of_source, of_out, of_toward = checked(_source), checked(_out), by("mnemoscope.runs.toward:Toward.of")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_A_MODEL, callback=of_model)]
 MaybeModel = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_A_MODEL, callback=of_model)]
@@ -83,12 +73,11 @@ Source = Annotated[Path, typer.Option("--from", help=_SOURCE, callback=of_source
 Task = Annotated[str, typer.Option(help=_TASK, callback=by("mnemoscope.tasks:described_task"))]
 TaskOptions = Annotated[list[str] | None, typer.Option(help="NAME=VALUE: an option of the task, as hops=2.")]
 AllowCode = Annotated[list[str] | None, typer.Option(help=_CODE)]
-Dtype = Annotated[
-    str, _opening(help="float32, bfloat16, float16 or auto.", callback=checked(lambda name: _opened(dtype=name)))
-]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16", "auto"], _opening(help="Of the weights.")]
 DeviceMap = Annotated[str | None, _opening(help="Device: cuda or auto (needs accelerate); default: the CPU.")]
-_PARTS = checked(lambda layout: _opened(layout=named_parts(layout)))
-Parts = Annotated[str | None, _opening(help="blocks=..,attention=..,mlp=..,down=..: its parts.", callback=_PARTS)]
+Parts = Annotated[
+    str | None, _opening(help="blocks=..,attention=..,mlp=..,down=..: paths of its parts.", callback=checked(_layout))
+]
 Force = Annotated[bool, _opening("--force", help="Accept what was fitted on another model of the same shape.")]
 AsChat = Annotated[bool, _formatting("--chat", help="By the chat template of the tokenizer.")]
 Reply = Annotated[str, _formatting(help="With --chat: how the reply begins; the model continues it.")]

@@ -110,10 +110,7 @@ def say(as_json: bool, text: object, **facts: Any) -> None:
 
 
 def formatted(chat: bool, reply: str) -> Any:
-    """The format of prompts, by the options of the command line; what makes no sense is refused before torch is there.
-
-    Raises InputError where a reply is begun without a chat.
-    """
+    """The format of prompts, by the options of the command line; InputError for a reply begun without a chat."""
     if reply and not chat:
         raise ms.InputError(f"reply: {reply!r} is a part of a chat; add --chat, or write it at the end of the prompt")
     return ms.Prompting(chat, reply=reply)

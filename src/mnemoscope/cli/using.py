@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,11 +15,10 @@ from mnemoscope.cli.shared import app, formatted, open_model, say, weights_note
 GATE = "Steer only where the other behaviour is at least so probable (0 to 1), memory and prompt seem to disagree, and "
 GATE += "the prompt is like those that the detector was fitted on."
 TOWARD = "generalized or memorized; of documents: context or memory."
-LEVERS = ("words", "decoding", "shift", "low-rank", "adapter")
-LEVER = "words, decoding (two passes), adapter, shift or low-rank; default: what did best on tune."
+Lever = Literal["words", "decoding", "shift", "low-rank", "adapter"]
+LEVER = "Default: what did best on tune; decoding takes two passes."
 BARE = "The question of a prompt without its text, one for each prompt; default: from its last question mark's line on."
 _FILE = "A vector (.safetensors), or a run or cell of one."
-_TO = "gguf: for llama.cpp; checkpoint: a model with it baked in."
 _ITS_MODEL = "The model it was made on; needed for a checkpoint."
 _RUNS = "A run folder; default: those in runs/."
 _OF_RUN = "Of a run that did not train one: its folder or hub id."
@@ -34,7 +33,7 @@ def steer(
     toward: Annotated[str, typer.Option(help=TOWARD, callback=given.of_toward)],
     alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector; 0 leaves the model as it is.")] = 1.0,
     gate: Annotated[float | None, typer.Option(min=0.0, max=1.0, help=GATE)] = None,
-    lever: Annotated[str | None, typer.Option(help=LEVER, callback=given.one_of("lever", *LEVERS))] = None,
+    lever: Annotated[Lever | None, typer.Option(help=LEVER)] = None,
     bare: Annotated[list[str] | None, typer.Option(help=BARE)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind each prompt, at most.")] = 20,
     go_on: Annotated[bool, typer.Option("--go-on", help="Show what follows an answer too.")] = False,
@@ -102,7 +101,7 @@ def detect(
 @app.command()
 def export(
     file: Annotated[Path, typer.Argument(metavar="FILE|RUN", help=_FILE, callback=given.of_source)],
-    to: Annotated[str, typer.Option(help=_TO, callback=given.one_of("to", "gguf", "checkpoint"))],
+    to: Annotated[Literal["gguf", "checkpoint"], typer.Option(help="For llama.cpp; a model with it baked in.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="What to write: a new file, or a new or empty folder.")],
     toward: Annotated[str | None, typer.Option(help=f"Of a run: {TOWARD}", callback=given.of_toward)] = None,
     model: Annotated[str | None, typer.Option(help=_ITS_MODEL, callback=given.of_model)] = None,
@@ -154,11 +153,14 @@ def serve(
     """
     # The pages say that nothing leaves this machine, so nothing is downloaded.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from mnemoscope.runs.processes import quiet_library
+
     try:
         from mnemoscope.web.app import serve
     except ImportError as error:
         raise ms.InputError("serve: needs FastAPI and uvicorn: pip install 'mnemoscope[web]'") from error
     ms.allow_code(*allow_code or ())
+    quiet_library()
     serve(run, port, lambda address: typer.echo(address, err=True), siblings, model)
 
 

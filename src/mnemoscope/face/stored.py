@@ -17,7 +17,7 @@ from mnemoscope.interventions import (
     readable,
 )
 from mnemoscope.interventions.detect import Detector
-from mnemoscope.runs.digests import cells_of, check_closed, intact, is_there
+from mnemoscope.runs.digests import check_closed, chosen_cells, intact, is_there
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.schemas import CellFacts
 from mnemoscope.runs.strict import read_json, read_text
@@ -30,7 +30,7 @@ def vector_file(source: Path, toward: str | None) -> Path:
         InputError: it has no vectors, several cells, or no such vector; or ``toward`` is no behaviour.
     """
     check_closed(source)
-    cells = cells_of(source)
+    cells = chosen_cells(source)
     if len(cells) > 1:
         raise InputError(f"FILE: {source} has several cells; name one of {', '.join(map(str, cells))}")
     found = best_paths(cells[0]).get(Toward.of(toward).direction)
@@ -69,7 +69,7 @@ def vectors_of(levers: Mapping[Toward, Mapping[str, Intervention]]) -> dict[Towa
 
 def cell_of(source: Path, found: Binding) -> Path:
     """The only cell of a run (or the cell itself), or the one whose vectors were fitted on this model."""
-    cells = cells_of(source)
+    cells = chosen_cells(source)
     if len(cells) == 1:
         return cells[0]
     bound = ((cell, read_json(intact(cell / "cell.json"), CellFacts).get("binding")) for cell in cells)

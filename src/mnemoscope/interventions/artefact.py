@@ -133,6 +133,7 @@ class Artefact:
 
     WHAT: ClassVar[str] = "artefact"
     STORED: ClassVar[tuple[str, ...]] = ()
+    DTYPE: ClassVar[torch.dtype] = torch.float32  # of its tensors
     FACTS: ClassVar[Any] = ArtefactFacts  # the fields of its JSON
 
     def tensors(self) -> dict[str, Tensor]:
@@ -194,7 +195,10 @@ class Artefact:
             for name, kind in (("binding", Binding), ("card", Card)):
                 facts[name] = kind(**facts[name]) if facts[name] else None
             facts["prompting"] = _stored_prompting(facts["prompting"])
-            made = cls.with_tensors(load(content), facts)
+            stored = load(content)
+            if other := {str(tensor.dtype) for tensor in stored.values() if tensor.dtype != cls.DTYPE}:
+                raise ValueError(f"its tensors are {', '.join(sorted(other))}, and were saved as {cls.DTYPE}")
+            made = cls.with_tensors(stored, facts)
         made.check(model, tokenizer, force)
         return made
 

@@ -99,6 +99,7 @@ class Detector(Artefact):
 
     WHAT: ClassVar[str] = "detector"
     STORED: ClassVar[tuple[str, ...]] = ("weights_LD", "bias_L", "conflict_D", "mean_D", "whitening_DD")
+    DTYPE: ClassVar[torch.dtype] = torch.float64
     FACTS: ClassVar[Any] = DetectorFacts
 
     def __post_init__(self) -> None:

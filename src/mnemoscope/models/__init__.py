@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         layers_of,
         load_model,
         models_that_fit,
+        shapes_of,
     )
     from mnemoscope.models.packaged import PACKAGED, QUANTIZED, check_named
     from mnemoscope.models.passes import (

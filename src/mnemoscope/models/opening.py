@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,8 @@ from mnemoscope.models.room import free_bytes
 from mnemoscope.models.trainable import check_peft
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.processes import beside
+from mnemoscope.runs.schemas import GenerationFacts
+from mnemoscope.runs.strict import checked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
     from mnemoscope.config import LayoutConfig
 
 SHOWN = 3  # names of weights in an error
+LARGER = 2  # times as many weights as are saved; head and embedding may be one tensor
+WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 INDEX = "model.safetensors.index.json"  # of weights in several files
 _REPORTED = {  # what the library says of the weights of a folder, in words
     "missing_keys": "lacks",
@@ -89,9 +95,23 @@ def load_model(
     if not {"cache", "past_key_values"} & arguments_of(model):
         kind = core_of(model).config.model_type
         raise InputError(f"model: {source} ({kind}) keeps no key-value cache; one is needed")
+    _keep_settings(model, opened, source)
     if layout is not None:
         use_layout(model, layout)
     return model.eval(), opened
+
+
+def _keep_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, source: str | Path) -> None:
+    """Leave out what changes the answers of ``generate`` unseen (``suppress_tokens``); InputError for a wrong value."""
+    from transformers import GenerationConfig
+
+    checked(tokenizer.model_max_length, int, f"model: {source}: model_max_length")  # compared without a look
+    given = model.generation_config.to_diff_dict() if model.generation_config else {}
+    kept = {name: value for name, value in given.items() if name in GenerationFacts.__annotations__}
+    model.generation_config = GenerationConfig(**checked(kept, GenerationFacts, f"model: {source}: generation"))
+    left = set(given) - set(kept) - {"transformers_version", "_from_model_config", "use_cache"}
+    if others := sorted(name for name in left if given[name]):
+        logging.getLogger("mnemoscope").warning("model: %s asks for %s; left out", source, ", ".join(others))
 
 
 @contextmanager
@@ -176,10 +196,45 @@ def _check_causal(folder: str | Path, source: str | Path) -> None:
     if getattr(config, "is_encoder_decoder", False) or (made_as and not known & set(made_as)):
         kind = ", ".join(made_as) or config.model_type
         raise InputError(f"model: {source} is {kind}; a causal language model (decoder only) is wanted")
+    _check_size(folder, config)
+
+
+def _files_of_weights(folder: str | Path) -> list[str]:
+    """Paths of the weights of a model or an adapter, fetched if needed; InputError where some are outside of it."""
     listed = file_of(folder, INDEX)
-    for name in sorted(set(json.loads(Path(listed).read_text())["weight_map"].values())) if listed else ():
+    named = json.loads(Path(listed).read_text())["weight_map"].values() if listed else WEIGHTS
+    for name in sorted(set(named)):
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise InputError(f"model: {source} has weights in {name}, which is outside of it")
+            raise InputError(f"model: {folder} has weights in {name}, which is outside of it")
+    return [path for name in sorted(set(named)) if (path := file_of(folder, name)) is not None]
+
+
+def shapes_of(folder: str | Path) -> dict[str, list[int]]:
+    """Shapes of all tensors of a model or an adapter, by name, as its files say."""
+    from safetensors import safe_open
+
+    found: dict[str, list[int]] = {}
+    for path in _files_of_weights(folder):
+        with _refusing(folder), safe_open(path, "pt") as file:
+            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def _check_size(folder: str | Path, config: Any) -> None:
+    """Refuse a configuration of many more layers or weights than are saved, before a model is built by it."""
+    from transformers import AutoModelForCausalLM
+
+    shapes = shapes_of(folder).values()
+    saved, fits = sum(map(math.prod, shapes)), config.get_text_config().num_hidden_layers <= len(shapes)
+    if not shapes or getattr(config, "quantization_config", None):
+        return
+    if fits:
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        fits = sum(weight.numel() for weight in built.parameters()) <= LARGER * saved
+    if not fits:
+        what = f"{saved} weights in {len(shapes)} tensors are saved"
+        raise InputError(f"model: the configuration of {folder} asks for many more layers or weights; {what}")
 
 
 def _check_loaded(model: PreTrainedModel, report: Mapping[str, Any], source: str | Path) -> None:
@@ -198,12 +253,7 @@ def _check_loaded(model: PreTrainedModel, report: Mapping[str, Any], source: str
 
 def models_that_fit(source: str | Path, wanted: int) -> int:
     """Number of processes, at least one and at most ``wanted``, with a model (folder or hub id) each that fit."""
-    folder = unpacked(source)
-    listed = file_of(folder, INDEX)
-    whole = file_of(folder, "model.safetensors") if listed is None else None
-    saved = Path(whole).stat().st_size if whole else 0
-    if listed:
-        saved = int(json.loads(Path(listed).read_text()).get("metadata", {}).get("total_size", 0))
+    saved = sum(Path(path).stat().st_size for path in _files_of_weights(unpacked(source)))
     free = free_bytes(torch.device("cpu"))
     # Weights of two bytes become four, and as much again passes through; the libraries themselves take half a GiB.
     return wanted if free is None else max(1, min(wanted, int(free // beside() // (2**29 + 3 * saved))))

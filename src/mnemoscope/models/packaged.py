@@ -73,19 +73,15 @@ def check_named(source: str | Path) -> None:
 
 def _missing_on_hub(name: str) -> str:
     """Why a model is not to be had from the hub, or ""; one request, without the retries of the library."""
-    from huggingface_hub import constants, get_session, try_to_load_from_cache
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub import constants, model_info, try_to_load_from_cache
 
     if any(isinstance(try_to_load_from_cache(name, file, constants.HF_HUB_CACHE), str) for file in CONFIGURED):
         return ""
-    if constants.HF_HUB_OFFLINE:
-        return "the hub is not asked (HF_HUB_OFFLINE)"
-    address, waiting = f"{constants.ENDPOINT}/api/models/{name}", constants.HF_HUB_ETAG_TIMEOUT
     try:
-        answer = get_session().head(address, headers=build_hf_headers(), timeout=waiting)
-    except Exception as error:  # its HTTP library has many kinds
-        return f"the hub cannot be reached ({(str(error).splitlines() or [type(error).__name__])[0]})"
-    return "the hub has none that it shows you" if answer.status_code in (401, 404) else ""
+        model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # the hub's client has many kinds, and those of its HTTP library
+        return f"the hub does not show it ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
+    return ""
 
 
 def _check_installed(name: str) -> Path:

@@ -153,7 +153,7 @@ def inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def cells_of(source: Path) -> list[Path]:
+def chosen_cells(source: Path) -> list[Path]:
     """The cells of a run that have chosen vectors, or the cell itself; InputError without any."""
     if not source.exists():
         raise InputError(f"from: {source} does not exist")

@@ -100,6 +100,17 @@ class WhyFacts(TypedDict):  # `no_detector.json`
     why: str
 
 
+class GenerationFacts(TypedDict, total=False):  # what is kept of a model's `generation_config.json`
+    bos_token_id: int | list[int]
+    eos_token_id: int | list[int]
+    pad_token_id: int
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    max_length: int
+
+
 class TimeFacts(TypedDict):  # `records/training_time.json`
     seconds: float
     steps: int

@@ -22,7 +22,8 @@ from mnemoscope.runs.errors import InputError
 Kind = TypeVar("Kind")
 MOST_TEXT = 2**30  # bytes of a file of rows
 MOST_JSON = 2**28  # of a file of facts; results of a study with many cells are a few MiB
-MOST_CELLS = 2**28  # of a table, rows times columns: a few bytes may stand for any number of equal ones
+MOST_DECODED = 2**31  # bytes of a table
+MOST_CELLS = 2**26  # of a table, rows times columns: a few bytes may stand for any number of equal ones
 
 
 def read_text(path: Path, what: str = "file", most: int = MOST_TEXT, encoding: str = "utf-8") -> str:
@@ -53,13 +54,23 @@ def read_bytes(path: Path, what: str = "file", most: int = MOST_TEXT) -> bytes:
 
 
 def bounded_table(path: Path, content: bytes | None = None) -> Any:
-    """What to read a Parquet file from, itself or its bytes; InputError where it claims too many rows to be held."""
+    """What to read a Parquet file from, itself or its bytes; InputError where it is too large once it is decoded."""
     from pyarrow import parquet
 
-    found = parquet.read_metadata(path if content is None else BytesIO(content))
+    file = parquet.ParquetFile(path if content is None else BytesIO(content))
+    found, held = file.metadata, 0
     if found.num_rows * found.num_columns > MOST_CELLS:
         size = f"{found.num_rows} rows of {found.num_columns} columns"
         raise InputError(f"file: {path} has {size}; at most {MOST_CELLS} cells are read")
+    parts = [found.row_group(n).column(c) for n in range(found.num_row_groups) for c in range(found.num_columns)]
+    if (
+        sum(part.num_values * part.total_uncompressed_size for part in parts) > MOST_DECODED
+    ):  # one value may be all of it
+        widest = max(part.total_uncompressed_size for part in parts)
+        for batch in file.iter_batches(max(1, min(2**16, MOST_TEXT // (8 * widest)))):
+            held += sum(getattr(column, "dictionary_decode", lambda c=column: c)().nbytes for column in batch.columns)
+            if held > MOST_DECODED:
+                raise InputError(f"file: {path} has more than {MOST_DECODED} bytes once it is decoded")
     return path if content is None else BytesIO(content)
 
 

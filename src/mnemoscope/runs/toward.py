@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from enum import StrEnum
 from typing import Literal
 
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, meant
 
 Direction = Literal["to_generalized", "to_memorized"]
 ALSO = {"context": "generalized", "memory": "memorized"}  # what users of documents call them
@@ -30,9 +29,8 @@ class Toward(StrEnum):
         said = str(name).strip().lower().removeprefix("to_")
         if (known := ALSO.get(said, said)) in ("generalized", "memorized"):
             return cls(known)
-        near = get_close_matches(said, (*cls, *ALSO), 1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        raise InputError(f"{field}: {name!r} is not one of {', '.join(cls)}; of documents: {', '.join(ALSO)}{meant}")
+        known = f"{', '.join(cls)}; of documents: {', '.join(ALSO)}"
+        raise InputError(f"{field}: {name!r} is not one of {known}{meant(said, (*cls, *ALSO))}")
 
     @classmethod
     def _missing_(cls, value: object) -> Toward:

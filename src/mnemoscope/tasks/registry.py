@@ -11,7 +11,6 @@ from typing import Any, get_type_hints
 from mnemoscope.runs.errors import InputError, meant
 from mnemoscope.runs.strict import checked
 from mnemoscope.tasks.base import Task
-from mnemoscope.tasks.tables import ENDINGS, columns_of, is_file_of_rows
 
 TASKS = {  # where the class of each built-in task is
     "inference": "mnemoscope.paper.inference:InferenceTask",
@@ -49,7 +48,7 @@ def allowed_code() -> tuple[str, ...]:
 def check_allowed(kind: str) -> None:
     """Raises InputError for what is neither a task's name in ``TASKS`` nor an allowed import path."""
     if kind not in TASKS and ":" not in kind:
-        known = f"known are {', '.join(TASKS)}, files that end in {', '.join(ENDINGS)}, or package.module:Class"
+        known = f"known are {', '.join(TASKS)}, files (.jsonl, .csv, .parquet, .json), or package.module:Class"
         raise InputError(f"task: {kind!r} is unknown; {known}{meant(kind, TASKS)}")
     if kind not in TASKS and kind not in _allowed:
         how = f"if you trust it, --allow-code {kind} at the command line, mnemoscope.allow_code in Python"
@@ -87,6 +86,8 @@ def described_task(name: str) -> tuple[str, dict[str, Any]]:
     A file is a task by its columns: questions with passages and two answers are ``qa``, others ``jsonl``. Raises
     InputError where the kind is unknown, or there is no such file.
     """
+    from mnemoscope.tasks.tables import columns_of, is_file_of_rows
+
     if not is_file_of_rows(name):
         allow_code(*[name] if ":" in name else [])  # it is the user who names it
         check_allowed(name)

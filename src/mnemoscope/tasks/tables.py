@@ -15,7 +15,7 @@ from mnemoscope.runs.strict import bounded_table, parse_json, read_bytes, read_t
 Row = Mapping[str, Any]
 Made = TypeVar("Made")
 ENDINGS = (".jsonl", ".csv", ".parquet", ".json")
-SHOWN = 3  # faults of a file, and rows that have one, at most
+SHOWN, LONGEST = 3, 500  # faults of a file, and rows that have one, at most; characters of each
 
 
 def is_file_of_rows(name: str) -> bool:
@@ -60,7 +60,7 @@ def read_rows(
                 _check_fields(here, row, fields)
                 found.append(read(here, row))
             except InputError as error:
-                faults[str(error).removeprefix(f"{here}: ")].append(place)
+                faults[f"{str(error).removeprefix(f'{here}: '):.{LONGEST}}"].append(place)
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, NotImplementedError) as error:  # of pandas, Arrow and datasets

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mnemoscope.models import load_model
+from mnemoscope.models import load_model, shapes_of
 from mnemoscope.report.emergence import draw_curve
 from mnemoscope.runs.errors import InputError
-from mnemoscope.runs.strict import read_json
 from mnemoscope.tasks import named_task
 from mnemoscope.watch.curve import PICTURE, Curve
 from mnemoscope.watch.measuring import Asked, Watcher
@@ -82,29 +81,11 @@ def _step_of(name: str) -> int | None:
 
 
 def _check_alike(names: Sequence[str], folders: Sequence[str]) -> None:
-    """Raises InputError where folders hold models of different shapes."""
-    known = [(name, shape) for name, folder in zip(names, folders, strict=True) if (shape := _shape_of(Path(folder)))]
-    for name, shape in known:
-        if shape != known[0][1]:
-            first = f"{known[0][0]} {known[0][1]}"
-            raise InputError(f"checkpoints: {name} holds {shape}, and {first}; give those of one training")
-
-
-def _shape_of(folder: Path) -> str:
-    """The architecture in the configuration of a folder, in words; an adapter's is that of the model it names."""
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        facts = read_json(adapter, dict[str, Any])
-        return f"an adapter ({facts.get('peft_type')}) of {facts.get('base_model_name_or_path')}"
-    if not (folder / "config.json").is_file():
-        return ""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-        return f"a {config.model_type} of {config.num_hidden_layers} layers x {config.hidden_size}"
-    except (OSError, ValueError, KeyError, AttributeError):
-        return ""  # opening it says what is wrong
+    """Raises InputError where folders hold weights of different names or shapes."""
+    known = [(name, shapes) for name, folder in zip(names, folders, strict=True) if (shapes := shapes_of(folder))]
+    for name, shapes in known:
+        if shapes != known[0][1]:
+            raise InputError(f"checkpoints: {name} holds other weights than {known[0][0]}; give those of one training")
 
 
 def fetched(name: str) -> str:

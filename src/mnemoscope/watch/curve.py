@@ -17,6 +17,7 @@ from mnemoscope.runs.strict import bounded_table
 from mnemoscope.watch.rule import unmet
 
 FILE, PICTURE = "emergence.parquet", "emergence.png"
+SHARES = ("conflict_memorized", "conflict_generalized", "conflict_other", "novel_accuracy", "recall")
 When = Literal["both", "overtaken"]
 WHEN: tuple[When, ...] = get_args(When)
 
@@ -50,8 +51,14 @@ class Curve:
             raise
         except Exception as error:  # pyarrow has many kinds
             raise InputError(f"curve: {path} cannot be read ({str(error).splitlines()[0]})") from error
-        if "step" not in table or "conflict_memorized" not in table:
-            raise InputError(f"curve: {path} is no table of measurements; it has {', '.join(map(str, table.columns))}")
+        if not {"step", "conflict_memorized"} <= set(table) or table.empty:
+            there = ", ".join(map(str, table.columns)) if len(table) else "no row"
+            raise InputError(f"curve: {path} is no table of measurements; it has {there}")
+        shares = [name for name in SHARES if name in table]
+        for name in ("step", *shares):
+            numbers, most = pd.to_numeric(table[name], errors="coerce"), 1 if name in shares else 2**53
+            if not (numbers.between(0, most) | (table[name].isna() & (name in shares))).all():
+                raise InputError(f"curve: {path} has in {name} what is no {'share' if name in shares else 'step'}")
         return cls([{str(name): value for name, value in row.items()} for row in table.to_dict("records")])
 
 

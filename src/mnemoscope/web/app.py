@@ -77,7 +77,7 @@ class Admission:
         await answer(scope, receive, send)
 
     def _refusal(self, conn: HTTPConnection) -> tuple[int, str] | None:
-        headers, path = conn.headers, conn.url.path
+        headers, path = conn.headers, conn.scope["path"]  # an address is built of the Host header too
         origin = headers.get("origin")
         foreign = origin is not None and origin.partition("://")[2] != headers.get("host")
         foreign = foreign or headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
@@ -101,7 +101,8 @@ class Admission:
 
 def _cookie_name(conn: HTTPConnection) -> str:
     """Named by the port in the address: browsers share cookies between all ports of a host."""
-    return f"mnemoscope-{conn.url.port}"
+    port = conn.headers.get("host", "").rpartition(":")[2]
+    return f"mnemoscope-{port if port.isdigit() else 'None'}"
 
 
 def _page(name: str, status: int = 200, **facts: Any) -> HTMLResponse:
@@ -204,7 +205,7 @@ def _refused(conn: HTTPConnection, error: Exception) -> Response:
         status, text = 422, str(error).removesuffix(f" (item {NAMELESS!r})")  # nobody gave it that name
     field, found, message = text.partition(": ")
     field, message = (field, message) if found else ("request", text)
-    if conn.url.path.startswith(FOR_PROGRAMS):
+    if conn.scope["path"].startswith(FOR_PROGRAMS):
         return JSONResponse({"error": {"field": field, "message": message}}, status)
     server = conn.scope.get("server") or ("", 0)
     return _page("error.html", status, field=field, message=message, port=server[1])

@@ -8,18 +8,22 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-DEADLINE = 10.0  # seconds in which a request must be there, headers and body
+DEADLINE = 10.0  # seconds in which a request must be there, headers and body; and in which a client reads anything
 MOST = 400  # connections at a time, half of the open files that systems usually allow; others are told to come again
 
 
 class WithDeadline(H11Protocol):
-    """Closes a connection whose request is not whole within ``DEADLINE`` seconds of its first byte, or of the start."""
+    """Closes a connection whose request is not whole within ``DEADLINE`` seconds of its first byte, or of the start.
+
+    So it does where the client takes nothing of an answer for as long.
+    """
 
     _closing: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Begin to wait."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # so that whatever the system does not take pauses us
         self._closing = self.loop.call_later(DEADLINE, transport.close)
 
     def data_received(self, data: bytes) -> None:
@@ -29,3 +33,16 @@ class WithDeadline(H11Protocol):
         if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self._closing.cancel()
             self._closing = None
+
+    def pause_writing(self) -> None:
+        """Wait for a client that does not read."""
+        super().pause_writing()
+        self._look(self.transport.get_write_buffer_size() + 1)
+
+    def _look(self, before: int) -> None:
+        """Give up where nothing was read since the last look."""
+        left = self.transport.get_write_buffer_size()
+        if left >= before:
+            self.transport.abort()
+        elif left:
+            self.loop.call_later(DEADLINE, self._look, left)
