@@ -282,6 +282,19 @@ def test_steering_is_told_of_both_directions_in_words_of_the_task(
     assert [loss in one.note for loss, one in zip(losses_, both, strict=True)] == [True, True]
 
 
+def test_of_a_fit_the_best_lever_is_told_whatever_it_is(task: Part) -> None:
+    vector = task.steering.to_generalized
+    best = Part({**vector, "pairs": Part({**vector.pairs, "shift": estimate(0.91, 0.8, 0.97)})})
+    best.chosen = Part({**vector.chosen, "method": "cad", "lever": "decoding", "passes": 2})
+    task.steering_by_method.cad = Part({**task.steering_by_method.gradient, "to_generalized": best})
+    task.levers, task.documents = {"to_generalized": "cad", "to_memorized": "gradient"}, True
+    answer = steer_page.answer(task)
+    assert (answer.verdict[:14], answer.number) == ("Steering works", "91\u00a0%")
+    assert "steered to context by contrastive decoding (two passes); " in answer.sentence
+    assert f"{percent(vector.pairs.shift.estimate)} by the best vector" in answer.sentence
+    assert "steered to memory; strongest control: " in answer.others[0].sentence
+
+
 @pytest.mark.parametrize("width", [390, 820, 1440])
 def test_the_page_fits_the_screen(run: Path, browser: Any, width: int) -> None:
     tab = browser.new_page(viewport={"width": width, "height": 900})

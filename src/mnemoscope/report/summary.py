@@ -12,7 +12,7 @@ import numpy as np
 
 from mnemoscope.report import words
 from mnemoscope.report.rows import Part, parts_of
-from mnemoscope.report.stories.steer_page import other_ways
+from mnemoscope.report.stories.steer import other_ways
 from mnemoscope.report.words import DIRECTIONS, REFITTED, Direction, count, counted, percent, ranged
 from mnemoscope.runs.digests import intact
 from mnemoscope.runs.strict import read_json
@@ -34,7 +34,7 @@ NAMES = {
 LEVERS = {"prompt": "words", "cad": "decoding", "lora": "adapter", "low-rank": "low-rank"}  # of runs that do not say
 
 
-def _of_direction(task: Part, direction: Direction) -> Part:
+def of_direction(task: Part, direction: Direction) -> Part:
     """The best vector of one direction on the aim's test examples, every lever, and the verdict on the best of them."""
     aim, block = task.aim, words.for_aim(task.steering[direction], task.aim)
     control, found = block.beside.get(aim), block[aim]
@@ -116,7 +116,7 @@ def _of_task(task: Part) -> Part:
         groups=everything.groups,
         test_pairs=task.pairs.pairs,
         **{"yield": task.pairs["yield"]},
-        **{direction: _of_direction(task, direction) for direction in DIRECTIONS},
+        **{direction: of_direction(task, direction) for direction in DIRECTIONS},
         **({"detect_auroc": areas["p_memorized"]} if areas else {}),
         input_auroc=areas.get("input_only"),
         gate_auroc=detection.get("gate") if detection else None,

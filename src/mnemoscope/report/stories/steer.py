@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from mnemoscope.report.records import Cell
-from mnemoscope.report.rows import Over, each_once, first_of, scalar, shares
+from mnemoscope.report.rows import Over, Part, each_once, first_of, scalar, shares
 from mnemoscope.report.stories.cost import measure_kept
 from mnemoscope.report.stories.detector import measure_gated, recall_by_family
 from mnemoscope.report.words import AIMS, CONTROLS, DIRECTIONS, Aim, Direction
@@ -185,3 +185,11 @@ def _push(method: str, of: Rows, direction: Direction) -> dict[str, Any]:
         "vector": proportion(shifted, rows.group),
         "vector_minus_logit": mean(shifted - pushed, rows.group),
     }
+
+
+def other_ways(task: Part, direction: Direction) -> dict[str, Estimate]:
+    """What a user would try first: words, and decoding that contrasts a prompt with its question alone."""
+    found = {"asking in words": task.prompt[direction]} if direction in task.prompt else {}
+    contrasts = task.context_aware.get(direction, {}).items()
+    found |= {f"contrastive decoding {float(w):+g} (two passes)": each for w, each in contrasts}
+    return {name: each.shift for name, each in found.items() if each.shift.known}

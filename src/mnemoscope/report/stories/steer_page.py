@@ -13,6 +13,8 @@ from mnemoscope.report import drawing, words
 from mnemoscope.report.drawing import DASHED, INK, OTHER, TONE, Dot, Line, Panel, dots_panel
 from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, View, not_measured
 from mnemoscope.report.rows import Part
+from mnemoscope.report.stories.steer import other_ways
+from mnemoscope.report.summary import NAMES, VECTORS, of_direction
 from mnemoscope.report.words import (
     AIMS,
     CONTROLS,
@@ -25,7 +27,6 @@ from mnemoscope.report.words import (
     percent,
     ranged,
 )
-from mnemoscope.statistics import Estimate
 
 MARKERS = dict(zip(CONTROLS, ("o", "v", "s", "^", "P", "*", "D"), strict=True))
 PAPERS = "nmd"  # the paper's own method
@@ -55,25 +56,38 @@ def answer(task: Part) -> Answer:
     question, aim = "Can it be steered?", task.aim
     steering = {direction: for_aim(block, aim) for direction, block in task.steering.items()}
     shifts = {d: share for d, block in steering.items() if (share := block[aim].shift).known}
-    measured = list(shifts)
-    if not measured:
+    if not shifts:
         return not_measured("steer", question, task)
-    to = words.TOWARDS[task.documents]
-    works = [d for d in measured if _surely_steers(task, steering[d].beside.get(aim))]
+    to, of = words.TOWARDS[task.documents], "test pairs" if aim == "pairs" else "test conflicts"
+    briefs = {d: of_direction(task, d) for d in shifts} if task.get("levers") else {}
+    works = [d for d in shifts if _surely_steers(task, steering[d].beside.get(aim))]
+    if briefs:
+        works = [d for d, brief in briefs.items() if brief.verdict.startswith("works")]
+    found = dict[Direction, Answer]()
+    for d, share in shifts.items():
+        control, loss = steering[d].beside.get(aim), words.largest_loss(changes(steering[d], aim), d)
+        beside = f"strongest control: {words.strongest_control(steering[d], aim)}"
+        mark = (control.shift.estimate, "strongest control") if control else (math.nan, "")
+        by, lever = "", briefs[d].lever if briefs else "shift"
+        if lever not in VECTORS:
+            best, by, mark = briefs[d].levers[lever], f" by {NAMES[lever]}", (math.nan, "")
+            beside, loss, share = (
+                f"{percent(share.estimate)} by the best vector",
+                percent(best.lost.estimate),
+                best.shift,
+            )
+        note = f"95{NBSP}% interval: {words.interval(share)}. Largest loss: {loss}."
+        sentence = f"of {of} are steered {to[d]}{by}; {beside}."
+        found[d] = Answer("steer", question, "", percent(share.estimate), sentence, note, share, mark)
     verdict = "Steering does not surely work"
     if works:
         where = "in both directions" if len(works) == 2 else to[works[0]]
-        verdict = f"Steering works{'' if all(shifts[d].estimate >= 0.5 for d in works) else ' in part,'} {where}"
+        in_part = any(one.share.estimate < 0.5 for d, one in found.items() if d in works and one.share)
+        verdict = f"Steering works{' in part,' if in_part else ''} {where}"
     if all(share.too_few for share in shifts.values()):
         verdict = TOO_FEW
-    found, of = list[Answer](), "test pairs" if aim == "pairs" else "test conflicts"
-    for d in measured:
-        control, share, loss = steering[d].beside.get(aim), shifts[d], words.largest_loss(changes(steering[d], aim), d)
-        sentence = f"of {of} are steered {to[d]}; strongest control: {words.strongest_control(steering[d], aim)}."
-        note = f"95{NBSP}% interval: {words.interval(share)}. Largest loss: {loss}."
-        mark = (control.shift.estimate, "strongest control") if control else (math.nan, "")
-        found.append(Answer("steer", question, verdict, percent(share.estimate), sentence, note, share, mark))
-    return replace(found[0], others=found[1:])
+    first, *others = found.values()
+    return replace(first, verdict=verdict, others=others)
 
 
 def _surely_steers(task: Part, beside: Part | None) -> bool:
@@ -195,14 +209,6 @@ def _dose_panels(task: Part, direction: Direction) -> list[Panel]:
                     lines.setdefault(key, []).append(Line(look[0], list(map(float, x)), values, *look[1:]))
     axes: dict[str, dict[str, Any]] = {"margin": {"ylabel": "margin, nats", "chance": 0}, "shift": {"axis": "share"}}
     return [drawing.lines_panel(direction, found, "dose", **axes[key]) for key, found in lines.items()]
-
-
-def other_ways(task: Part, direction: Direction) -> dict[str, Estimate]:
-    """What a user would try first: words, and decoding that contrasts a prompt with its question alone."""
-    found = {"asking in words": task.prompt[direction]} if direction in task.prompt else {}
-    contrasts = task.context_aware.get(direction, {}).items()
-    found |= {f"contrastive decoding {float(w):+g} (two passes)": each for w, each in contrasts}
-    return {name: each.shift for name, each in found.items() if each.shift.known}
 
 
 def simpler_panel(task: Part, direction: Direction) -> Panel:
