@@ -70,12 +70,9 @@ def answer(task: Part) -> Answer:
         mark = (control.shift.estimate, "strongest control") if control else (math.nan, "")
         by, lever = "", briefs[d].lever if briefs else "shift"
         if lever not in VECTORS:
-            best, by, mark = briefs[d].levers[lever], f" by {NAMES[lever]}", (math.nan, "")
-            beside, loss, share = (
-                f"{percent(share.estimate)} by the best vector",
-                percent(best.lost.estimate),
-                best.shift,
-            )
+            best, by, mark = briefs[d].levers[lever], f" by {NAMES.get(lever, lever)}", (math.nan, "")
+            beside, loss = f"{percent(share.estimate)} by the best vector", percent(best.lost.estimate)
+            share = best.shift
         note = f"95{NBSP}% interval: {words.interval(share)}. Largest loss: {loss}."
         sentence = f"of {of} are steered {to[d]}{by}; {beside}."
         found[d] = Answer("steer", question, "", percent(share.estimate), sentence, note, share, mark)
