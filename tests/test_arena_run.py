@@ -131,7 +131,7 @@ def test_the_page_and_its_markdown_show_every_method(finished: Path) -> None:
     page = build_arena(finished, beside=[finished]).read_text()
     assert page.count("<svg") == 4
     assert "http" not in page.replace("http://www.w3.org", "")
-    assert "To follow memory: answers" in page
+    assert "To memory: answers" in page
     results = results_of(ArenaRecords.of(finished / "arena"))
     printed = "\n".join(arena.page([results, results]))
     for name in (*CHEAP, "unsteered"):

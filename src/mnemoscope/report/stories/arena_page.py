@@ -21,7 +21,7 @@ from mnemoscope.runs.files import write_atomically
 from mnemoscope.runs.toward import Toward
 from mnemoscope.statistics import Estimate
 
-TITLES = {"generalized": "To follow the text", "memorized": "To follow memory"}
+TITLES = {"generalized": "To context", "memorized": "To memory"}
 LISTS = {"agreeing": "texts that agree", "bare": "bare questions"}
 DASH = "-"
 
