@@ -47,7 +47,7 @@ def test_what_is_missing_is_said(mini: Callable[[str], Asking], tmp_path: Path) 
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = check_task(replace(asking, boundary=("",)), build_task("jsonl", {"file": str(path)}, 0))
     told = "\n".join(found.missing)
-    assert "test groups" in told
+    assert "judged groups" in told
     assert "phrasings in the fit split" in told
     assert "agreeing or bare lines" in told
     assert str(found).startswith("not yet to be fitted, it seems: no pairs in the split fit, tune, test")

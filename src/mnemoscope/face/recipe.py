@@ -43,7 +43,7 @@ STEERING: dict[str, Any] = {
 }
 MEASURED: dict[str, Any] = {
     "pairs": {"batch_size": 64, "rephrasings": 3, "fit_examples": 240, "tune_examples": 140}
-    | {"test_examples": 220, "held_out_examples": 60, "behaviour_examples": 200, "at_once": 2048},
+    | {"test_examples": 220, "held_out_examples": 60, "behaviour_examples": 200, "at_once": 128},
     "probes": {"offsets": [0], "pairs": 250, "learning_draws": 2, "halvings": 6},
     "effects": {"pairs": 16, "draws": 1, "doses": [0.5, 1.0, 2.0], "ablated": [0.1]}
     | {"methods": "best", "patched": False},

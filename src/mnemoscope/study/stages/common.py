@@ -95,6 +95,9 @@ def _is_path(name: str, value: Any) -> bool:
     return name in ("file", "folder", "table") and isinstance(value, str)
 
 
+_OPENED: dict[tuple[str, bytes], Asking] = {}  # the last cell's model
+
+
 class PerProcess:
     """A cell whose model each process opens once, when first needed; other processes are sent the cell alone."""
 
@@ -106,8 +109,14 @@ class PerProcess:
 
     @cached_property
     def asking(self) -> Asking:
-        """The cell's model."""
-        return cell_model(self.cell)
+        """The cell's model, which stages that follow each other in a process share."""
+        if self.cell.opened is not None:
+            return cell_model(self.cell)
+        place = str(self.cell.folder.resolve()), (self.cell.folder / "cell.json").read_bytes()
+        if place not in _OPENED:
+            _OPENED.clear()
+            _OPENED[place] = cell_model(self.cell)
+        return _OPENED[place]
 
 
 def cell_model(cell: Cell) -> Asking:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
-from itertools import chain, product
+from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mnemoscope.interventions.shifts import rho, top_neurons
 from mnemoscope.models import SITES, blocks_of
 from mnemoscope.runs.errors import InputError
 from mnemoscope.study.cells import Cell, Tell
-from mnemoscope.study.stages.common import cell_model, kept_states, read_all, read_best, write_table
+from mnemoscope.study.stages.common import PerProcess, kept_states, read_all, read_best, write_table
 from mnemoscope.study.stages.lists import RecordedBench, judged_lists
 
 CONTRASTS = {
@@ -32,32 +32,61 @@ CONTRASTS = {
     Toward.MEMORIZED: (-0.5, -1.0),
 }  # of cad; -1: no context
 Sides = Mapping[str, Prompts]  # by the behaviour that they show
+Part = tuple[str, SteeringVector | None]  # a kind of effect, and of which vector
 
 
 def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Measure dose-response, necessity, upper bounds by patching, and prompts that ask for the behaviour."""
-    bench, config = RecordedBench.of(cell, cell_model(cell)), cell.config.effects
-    pairs = bench.records.both_sides("test", config.pairs)  # row n of both sides is one pair
-    sides: Sides = {side: bench.prompts([pair[n] for pair in pairs]) for n, side in enumerate(Toward)}
-    aimed: Sides = sides
-    if cell.config.steering.aim == "conflict":
-        lists = {toward: judged_lists(bench.records, toward, config.pairs) for toward in Toward}
-        found = {toward.opposite: of["conflict"].examples if "conflict" in of else [] for toward, of in lists.items()}
-        aimed = {side: bench.prompts(examples) for side, examples in found.items()}
+    config = cell.config.effects
     chosen = read_best(cell) if config.methods == "best" else read_all(cell)
     vectors = [one for one in chosen if isinstance(one, SteeringVector) and one.layers]
+    parts: list[Part] = [(what, one) for what in ("doses", "ablations") for one in vectors]
+    parts += [("patches", None)] if config.patched else []
+    # A fit judges words and decoding as levers.
+    parts += [] if cell.config.steering.screened else [("asked", None), ("contrasts", None)]
     rows: list[pd.DataFrame] = []
-    parts: dict[str, Iterable[Iterator[pd.DataFrame]]] = {
-        "doses": (_doses(bench, sides, one) for one in vectors),
-        "ablations": (_ablations(bench, sides, one) for one in vectors),
-        "patches": [_patches(bench, sides)] if config.patched else [],
-        # A fit judges words and decoding as levers.
-        "prompts": (part(bench, aimed) for part in (_asked, _contrasts) if not cell.config.steering.screened),
-    }
-    for done, (name, tables) in enumerate(parts.items()):
-        tell(done, len(parts), name)
-        rows += chain.from_iterable(tables)
+    for done, tables in enumerate(cell.map(_Effects(cell), parts)):
+        tell(done, len(parts), parts[done][0])
+        rows += tables
     return [write_table(cell.records / "effects.parquet", pd.concat(rows, ignore_index=True))]
+
+
+class _Effects(PerProcess):
+    """A cell's test pairs, beside its model."""
+
+    def __call__(self, part: Part) -> list[pd.DataFrame]:
+        """Tables of a kind of effect, of a vector where it is one's."""
+        (what, one), bench, sides = part, self.bench, self.sides
+        found: dict[str, Callable[[], Iterator[pd.DataFrame]]] = {
+            "doses": lambda: _doses(bench, sides, one),  # type: ignore[arg-type]
+            "ablations": lambda: _ablations(bench, sides, one),  # type: ignore[arg-type]
+            "patches": lambda: _patches(bench, sides),
+            "asked": lambda: _asked(bench, self.aimed),
+            "contrasts": lambda: _contrasts(bench, self.aimed),
+        }
+        return list(found[what]())
+
+    @cached_property
+    def bench(self) -> RecordedBench:
+        """Lists of the cell."""
+        return RecordedBench.of(self.cell, self.asking)
+
+    @cached_property
+    def sides(self) -> Sides:
+        """Row n of both sides is one pair."""
+        pairs = self.bench.records.both_sides("test", self.cell.config.effects.pairs)
+        return {side: self.bench.prompts([pair[n] for pair in pairs]) for n, side in enumerate(Toward)}
+
+    @cached_property
+    def aimed(self) -> Sides:
+        """What is to be steered, by the behaviour that it shows."""
+        if self.cell.config.steering.aim != "conflict":
+            return self.sides
+        limit, found = self.cell.config.effects.pairs, dict[str, Prompts]()
+        for toward in Toward:
+            of = judged_lists(self.bench.records, toward, limit)
+            found[toward.opposite] = self.bench.prompts(of["conflict"].examples if "conflict" in of else [])
+        return found
 
 
 def _table(
