@@ -257,7 +257,7 @@ def test_the_command_runs_an_arena_and_rebuilds_its_page(little: Asking, shared_
         ({"sizes": {"conflicts": 2}}, r"conflicts: Input should be greater than or equal to 6 \(got 2\)"),
         ({"sizes": {"conflict": 20}}, r"conflict: Extra inputs are not permitted"),
         ({"task": None}, r"task: None; give"),
-        ({"task": "none.jsonl"}, r"file: none.jsonl cannot be read"),
+        ({"task": "none.jsonl"}, r"task: the file none.jsonl does not exist"),
         ({"size": {}}, r"size: arena has no such argument; it has sizes, prompting"),
     ],
 )

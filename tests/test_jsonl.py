@@ -34,6 +34,21 @@ def jsonl_task(path: Path, rows: list[dict[str, str]]) -> Task:
     return build_task("jsonl", {"file": str(path)}, 0)
 
 
+@pytest.mark.parametrize(
+    ("row", "documents"),
+    [
+        ({"prompt": "The code is B. The code is"}, True),  # a text says its answer
+        ({"prompt": "12+34=", "bare": "34"}, True),
+        ({"prompt": "12+34="}, False),  # a sum does not
+    ],
+)
+def test_reports_of_texts_speak_of_context_and_of_sums_of_working_out(
+    row: dict[str, str], documents: bool, tmp_path: Path
+) -> None:
+    rows = [{"item": "i", "memorized": " a", "generalized": " b"} | row]
+    assert jsonl_task(tmp_path / "mine.jsonl", rows).documents is documents
+
+
 def test_jsonl_deals_groups_and_a_split_of_one_line_is_that_of_its_group(tmp_path: Path) -> None:
     words = itertools.product(range(40), ("what", "which"))
     rows = [{"item": f"i{n}", "prompt": f"{word} {n} ?", "group": f"g{n % 8}"} | BOTH for n, word in words]
