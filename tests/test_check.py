@@ -32,6 +32,12 @@ def test_counts_are_those_of_plain_labels(mini: Callable[[str], Asking]) -> None
     for family, counts in found.families.items():
         mine = Counter(labels[[i for i, example in enumerate(examples) if example.family == family]])
         assert counts == {behaviour: mine[behaviour] for behaviour in ("memorized", "generalized", "other")}
+    for family, shown in found.others.items():
+        assert len(shown) == min(check.SHOWN, found.families[family]["other"])
+        for prompt, answer in shown:
+            (asked,) = [n for n, example in enumerate(examples) if example.prompt == prompt]
+            assert labels[asked] == "other"
+            assert f"neither: {answer!r} to ...{prompt[-check.LONGEST :]!r}" in str(found)
     assert found.splits["test"].pairs <= found.splits["test"].candidates
     assert found.minutes > 0
     assert 0 < found.half_width < 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import signal
 import subprocess
@@ -40,6 +41,23 @@ def test_help_imports_nothing_heavy() -> None:
 def test_the_version_is_that_of_the_package() -> None:
     assert call("--version") == (0, f"mnemoscope {version('mnemoscope')}\n", "")
     assert call()[0] == 2
+
+
+def test_every_command_speaks_to_machines_and_completes_and_those_that_open_a_model_take_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for command in app.registered_commands:
+        options = inspect.signature(command.callback).parameters
+        assert "as_json" in options, command.callback
+        assert ("threads" in options) >= ("device_map" in options), command.callback
+    for name, value in {
+        "_MNEMOSCOPE_COMPLETE": "complete_bash",
+        "COMP_WORDS": "mnemoscope ste",
+        "COMP_CWORD": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    done = CliRunner().invoke(app, [], prog_name="mnemoscope")
+    assert (done.exit_code, done.stdout.split()) == (0, ["steer"])
 
 
 def test_tasks_are_listed() -> None:

@@ -19,7 +19,7 @@ from families import prompts, tiny, tokenizer
 from helpers import hook_count, mini_examples
 from mnemoscope.behaviour import Asking, prepare, score, states_at_the_end
 from mnemoscope.face.fitted import Fitted
-from mnemoscope.interventions import Card, SteeringVector
+from mnemoscope.interventions import Card, SteeringVector, Toward
 from mnemoscope.interventions.detect import Detector, Observed, Reading, fit_detectors
 from mnemoscope.interventions.sources import with_prefixes
 from mnemoscope.models import Site, cache_of, load_model, pass_inputs, site_width
@@ -323,3 +323,17 @@ def test_a_run_has_detectors_that_read_as_its_records_say(mini_run: Path) -> Non
     judged = steering[(steering.role == "vector") & (steering.aim == "conflict")]
     judged = judged.drop_duplicates(["direction", "examples", "example"]).groupby(["direction", "examples"]).size()
     assert {key: lists[key] for key in judged.index} == judged.to_dict()
+
+
+def test_a_gate_says_why_it_does_not_act_and_a_reading_is_a_table_of_prompts() -> None:
+    p_NL, distance_N = np.array([[0.9], [0.2], [0.9], [0.9]]), np.array([0.5, 0.5, 0.5, 3.0])
+    reading = Reading(0, p_NL, np.array([0.8, 0.8, 0.1, 0.1]), distance_N, prompts=["a", "b", "c", "d"])
+    held = reading.held(Toward.GENERALIZED, 0.6).tolist()
+    assert held[0] == ""
+    for said, why in zip(held[1:], ("less probable than 0.6", "seem to agree", "unlike the prompts"), strict=True):
+        assert why in said
+    assert reading.acts(Toward.GENERALIZED, 0.6).tolist() == [True, False, False, False]
+    assert [line.split()[0] for line in str(reading).splitlines()] == ["P(memorized)", "0.90", "0.20", "0.90", "0.90"]
+    assert str(reading).endswith("'d'")
+    undefined = str(replace(reading, p_conflict=np.full(4, np.nan)))
+    assert undefined.endswith("P(conflict) is none: the fit had too few prompts without a conflict")

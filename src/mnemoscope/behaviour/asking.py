@@ -308,7 +308,8 @@ def _fault(asking: Asking, example: Example, prompt: list[int], options: list[li
             return f"answer: {text!r} continues the last word of {example.prompt[-30:]!r}; let it begin with a space"
         if option[: len(prompt)] != prompt:
             merged = f"{text!r} with the end of the prompt {example.prompt[-30:]!r}"
-            return f"answer: the tokenizer merges {merged}; let the seam lie between two tokens"
+            ends = "end the prompt without the space, and " if asking.text(example.prompt)[-1:] == " " else ""
+            return f"answer: the tokenizer merges {merged}; {ends}begin the answer with the space between them"
         if len(option) == len(prompt):
             return f"answer: {text!r} has no token"
         if unknown in option:

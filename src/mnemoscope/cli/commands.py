@@ -77,11 +77,11 @@ def fit(
     aim: Annotated[Literal["conflict", "pairs"], typer.Option(help="conflict: as users meet it.")] = "conflict",
     lost: Annotated[float, typer.Option(min=0, max=1, help="Share of other answers that a vector may cost.")] = 0.08,
     neither: Annotated[float, typer.Option(min=0, max=1, help="Share it may leave answered neither way.")] = 0.12,
-    threads: Annotated[int | None, typer.Option(min=1, help="Processors to use; default: all there are.")] = None,
     chat: given.AsChat = False,
     reply: given.Reply = "",
     dtype: given.Dtype = "float32",
     device_map: given.DeviceMap = None,
+    threads: given.Threads = None,
     layout: given.Parts = None,
     as_json: given.AsJson = False,
 ) -> None:
@@ -114,6 +114,7 @@ def check(
     reply: given.Reply = "",
     dtype: given.Dtype = "float32",
     device_map: given.DeviceMap = None,
+    threads: given.Threads = None,
     layout: given.Parts = None,
     as_json: given.AsJson = False,
 ) -> None:
@@ -141,6 +142,7 @@ def arena(
     reply: given.Reply = "",
     dtype: given.Dtype = "float32",
     device_map: given.DeviceMap = None,
+    threads: given.Threads = None,
     layout: given.Parts = None,
     as_json: given.AsJson = False,
 ) -> None:
@@ -150,6 +152,7 @@ def arena(
     from mnemoscope.tasks import named_task
 
     asked: dict[str, Any] = {"methods": method, "options": options(option), "sizes": options(size, "--size")}
+    asked["sizes"] |= {"threads": threads} if threads else {}
     parse_arena(asked["sizes"])
     ms.allow_code(*(one for one in method or () if "." in one))  # it is the user who names it
     for one in method or ():
@@ -210,6 +213,7 @@ def doctor(
     certify: Annotated[bool, typer.Option("--certify", help="With --server: say in cards what passed.")] = False,
     dtype: given.Dtype = "float32",
     device_map: given.DeviceMap = None,
+    threads: given.Threads = None,
     layout: given.Parts = None,
     as_json: given.AsJson = False,
 ) -> None:

@@ -23,6 +23,7 @@ def watch(
     ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The picture; default: beside the table.")] = None,
     every: Annotated[float | None, typer.Option(min=1.0, help="SECONDS between two looks at whether it grew.")] = None,
+    as_json: given.AsJson = False,
 ) -> None:
     """Draw how both behaviours emerge while a model trains; with --every, until it is stopped."""
     from mnemoscope.watch.curve import PICTURE, Curve, table_of
@@ -34,7 +35,8 @@ def watch(
         curve = Curve.open(path)
         if len(curve.rows) != seen:
             seen = len(curve.rows)
-            typer.echo(f"{_in_words(curve.rows[-1])}: {draw_curve(curve.table, out or path.with_name(PICTURE))}")
+            picture = draw_curve(curve.table, out or path.with_name(PICTURE))
+            say(as_json, f"{_in_words(curve.rows[-1])}: {picture}", rows=curve.rows, picture=picture)
         if every is None:
             return
         time.sleep(every)
@@ -62,6 +64,7 @@ def emergence(
     reply: given.Reply = "",
     dtype: given.Dtype = "float32",
     device_map: given.DeviceMap = None,
+    threads: given.Threads = None,
     as_json: given.AsJson = False,
 ) -> None:
     """Ask the checkpoints of a training, one after another, and draw how both behaviours emerged."""

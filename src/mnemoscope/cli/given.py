@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -54,6 +56,12 @@ def _out(folder: Path) -> None:
         raise InputError(f"out: {above} is {'no name' if above.is_dir() else 'a file'}; name a folder for the run")
 
 
+def _threads(number: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(number)  # torch reads it when it is imported
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(number)
+
+
 def _prompt(text: str) -> None:
     if not text:
         raise InputError("prompt: '' is empty; give each prompt as one argument, in quotes")
@@ -74,6 +82,8 @@ Task = Annotated[str, typer.Option(help=_TASK, callback=by("mnemoscope.tasks:des
 TaskOptions = Annotated[list[str] | None, typer.Option(help="NAME=VALUE: an option of the task, as hops=2.")]
 AllowCode = Annotated[list[str] | None, typer.Option(help=_CODE)]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16", "auto"], _opening(help="Of the weights.")]
+_THREADS = "Processors to use; default: all there are."
+Threads = Annotated[int | None, _opening(min=1, help=_THREADS, callback=checked(_threads))]
 DeviceMap = Annotated[str | None, _opening(help="Device: cuda or auto (needs accelerate); default: the CPU.")]
 Parts = Annotated[
     str | None, _opening(help="blocks=..,attention=..,mlp=..,down=..: paths of its parts.", callback=checked(_layout))

@@ -81,7 +81,6 @@ app = typer.Typer(
     cls=_Commands,
     name="mnemoscope",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 

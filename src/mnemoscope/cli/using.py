@@ -41,6 +41,7 @@ def steer(
     reply: given.Reply = "",
     dtype: given.Dtype = "float32",
     device_map: given.DeviceMap = None,
+    threads: given.Threads = None,
     layout: given.Parts = None,
     force: given.Force = False,
     as_json: given.AsJson = False,
@@ -56,7 +57,7 @@ def steer(
     rows = fitted.answers(prompts, toward, gate, **how)
     lines, acted = list[str](), [str(number) for number, row in enumerate(rows, 1) if row["acted"]]
     for row in rows:
-        named = f"{toward} ({used.lever if row['acted'] else 'the gate did not act'})"
+        named = f"{toward} ({used.lever if row['acted'] else 'the gate did not act: ' + row['held']})"
         width = 1 + max(map(len, ("unsteered", named)))
         lines += [f"> {line}" for line in row["prompt"].split("\n")]
         lines += [f"  {'unsteered:':<{width}} {row['plain'].strip()}"]
@@ -80,6 +81,7 @@ def detect(
     reply: given.Reply = "",
     dtype: given.Dtype = "float32",
     device_map: given.DeviceMap = None,
+    threads: given.Threads = None,
     layout: given.Parts = None,
     force: given.Force = False,
     as_json: given.AsJson = False,
@@ -145,6 +147,8 @@ def serve(
     siblings: Annotated[bool, typer.Option("--siblings", help="Show the runs beside RUN too.")] = False,
     model: Annotated[str | None, typer.Option(help=_OF_RUN, callback=given.of_model)] = None,
     allow_code: given.AllowCode = None,
+    threads: given.Threads = None,
+    as_json: given.AsJson = False,
 ) -> None:
     """Open the playground: ask a model in the browser, and steer its answers.
 
@@ -153,6 +157,7 @@ def serve(
     """
     # The pages say that nothing leaves this machine, so nothing is downloaded.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from mnemoscope.runs.files import dumped
     from mnemoscope.runs.processes import quiet_library
 
     try:
@@ -161,7 +166,11 @@ def serve(
         raise ms.InputError("serve: needs FastAPI and uvicorn: pip install 'mnemoscope[web]'") from error
     ms.allow_code(*allow_code or ())
     quiet_library()
-    serve(run, port, lambda address: typer.echo(address, err=True), siblings, model)
+
+    def announce(address: str) -> None:
+        typer.echo(dumped({"address": address}) if as_json else address, err=not as_json)
+
+    serve(run, port, announce, siblings, model)
 
 
 def _verdict(row: dict[str, Any], layer: int) -> str:

@@ -25,7 +25,7 @@ from mnemoscope.tasks import SPLITS, Example, Split, Task, draw
 
 SAMPLE = 160  # conflicts of a split, at most
 FACTS = 400  # bare questions, at most
-SHOWN = 3  # other answers of a family
+SHOWN, LONGEST = 3, 80  # other answers of a family; last characters of their prompts
 GROUPS_NEEDED = 30  # with which a share is known to about 18 points to either side
 JUDGED = STEERING["judged_examples"]  # conflicts of a behaviour that a fit judges, at most
 FULL = {split: MEASURED["pairs"][f"{split}_examples"] for split in SPLITS}  # conflicts that a fit draws, at most
@@ -49,7 +49,7 @@ class Checked:
     Attributes:
         families: by family, how many sampled conflicts of the test split were answered ``memorized``, ``generalized``
             and ``other``.
-        others: by family, some of the other answers.
+        others: by family, some prompts with other answers, and these.
         known, asked: facts that the model knows bare, of those asked; 0 of 0 where the task has none.
         kept: by family, how many memory examples of the test split are right, of how many.
         splits: pairs by split.
@@ -59,7 +59,7 @@ class Checked:
     """
 
     families: dict[str, dict[str, int]]
-    others: dict[str, list[str]]
+    others: dict[str, list[tuple[str, str]]]
     known: int
     asked: int
     kept: dict[str, tuple[int, int]]
@@ -74,9 +74,9 @@ class Checked:
         lines = [f"not yet to be fitted, it seems: no pairs in the split {', '.join(unpaired)}"] if unpaired else []
         lines += [f"known bare: {self.known} of {self.asked}"] if self.asked else []
         for family, counts in self.families.items():
-            shown = f" (such as {', '.join(map(repr, self.others[family]))})" if self.others.get(family) else ""
             told = ", ".join(f"{count} {behaviour}" for behaviour, count in counts.items())
-            lines.append(f"{family}, test split: {told}{shown}")
+            lines.append(f"{family}, test split: {told}")
+            lines += [f"  neither: {answer!r} to ...{prompt[-LONGEST:]!r}" for prompt, answer in self.others[family]]
         lines += [f"{family}, test split: {right} of {n} answered right" for family, (right, n) in self.kept.items()]
         for split, found in self.splits.items():
             told = f"{found.pairs} pairs of {found.pair_groups} groups among {found.candidates} candidates"
@@ -160,16 +160,17 @@ def _pairs(
 
 def _families(
     asking: Asking, examples: Sequence[Example], labels: np.ndarray
-) -> tuple[dict[str, dict[str, int]], dict[str, list[str]]]:
+) -> tuple[dict[str, dict[str, int]], dict[str, list[tuple[str, str]]]]:
     """Answers by family, and some of the other ones."""
     counts: dict[str, dict[str, int]] = {}
-    others: dict[str, list[str]] = {}
+    others: dict[str, list[tuple[str, str]]] = {}
     for family in dict.fromkeys(example.family for example in examples):
         mine = [i for i, example in enumerate(examples) if example.family == family]
         found = Counter(labels[mine])
         counts[family] = {behaviour: found[behaviour] for behaviour in ("memorized", "generalized", "other")}
         strange = [examples[i] for i in mine if labels[i] == "other"][:SHOWN]
-        others[family] = [text.strip() for text in decode(asking, strange)]
+        answers = (text.strip() for text in decode(asking, strange))
+        others[family] = list(zip((one.prompt for one in strange), answers, strict=True))
     return counts, others
 
 

@@ -231,7 +231,8 @@ class Fitted:
         for start in range(0, len(prompts), BATCH):
             inputs = self.inputs(prompts[start : start + BATCH])
             parts.append(states_at_the_end(self.model, inputs.input_ids, inputs.attention_mask, detector.site))
-        return detector.read(np.concatenate(parts) if parts else np.empty((0, *detector.weights_LD.shape)))
+        states_NLD = np.concatenate(parts) if parts else np.empty((0, *detector.weights_LD.shape))
+        return replace(detector.read(states_NLD), prompts=prompts)
 
     def steer(
         self, toward: str, alpha: float | Sequence[float] | Tensor = 1.0, gate: float | None = None
@@ -277,14 +278,15 @@ class Fitted:
     def answers(
         self, prompts: Sequence[str], toward: str, gate: float | None = None, **how: Any
     ) -> list[dict[str, Any]]:
-        """Answer unsteered and by the best lever: ``prompt``, ``plain``, ``steered``, and ``acted`` (bool) of the gate.
+        """Answer unsteered and by the best lever: ``prompt``, ``plain``, ``steered``, ``acted`` (bool) and ``held``.
 
-        ``how``: see ``generate``.
+        The gate did not act where ``held`` has a reason. ``how``: see ``generate``.
         """
-        acted = [True] * len(prompts) if gate is None else self.gate(self.inputs(prompts), gate, toward).bool().tolist()
+        held = [""] * len(prompts) if gate is None else self.detect(prompts).held(Toward.of(toward), gate).tolist()
         plain = self.generate(prompts, toward, **how | {"alpha": 0.0})
-        rows = zip(prompts, plain, self.generate(prompts, toward, gate=gate, **how), acted, strict=True)
-        return [dict(zip(("prompt", "plain", "steered", "acted"), row, strict=True)) for row in rows]
+        rows = zip(prompts, plain, self.generate(prompts, toward, gate=gate, **how), held, strict=True)
+        names = ("prompt", "plain", "steered", "held")
+        return [dict(zip(names, row, strict=True)) | {"acted": not row[-1]} for row in rows]
 
     def vector(self, toward: str) -> SteeringVector:
         """The best vector that steers to a behaviour.

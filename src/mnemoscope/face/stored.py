@@ -89,7 +89,8 @@ def agreed(stored: Prompting, asked: Prompting | None) -> Prompting:
         return stored
     if asked.chat != stored.chat:
         how = "by the chat template" if stored.chat else "as they are"
-        raise InputError(f"chat: {asked.chat}; allowed is {stored.chat}: it was fitted on prompts formatted {how}")
+        wrong = f"chat: {asked.chat}; allowed is {stored.chat}: it was fitted on prompts formatted {how}"
+        raise InputError(f"{wrong}; {'add --chat' if stored.chat else 'leave --chat out'}, or fit again")
     if asked.system is not None and asked.system != stored.system:
         raise InputError(f"system: {asked.system!r}; this was fitted with {stored.system!r}")
     if stored.begun and not asked.begun:

@@ -9,7 +9,7 @@ Shapes: N prompts, L layers, D neurons.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -39,12 +39,14 @@ class Reading:
         p_conflict: float64 (N,), probability that memory and the rule disagree; NaN where the fit had no prompts
             without a conflict.
         distance: float64 (N,), from the prompts of the fit; up to 1 a prompt counts as like them.
+        prompts: what was read, where that is known.
     """
 
     layer: int
     p_memorized_by_layer: np.ndarray
     p_conflict: np.ndarray
     distance: np.ndarray
+    prompts: Sequence[str] = field(default=(), kw_only=True)
 
     @property
     def p_memorized(self) -> np.ndarray:
@@ -65,16 +67,31 @@ class Reading:
         return [self.layer + 1 - int(layers) if layers else None for layers in layers_N]
 
     def acts(self, toward: Toward, threshold: float) -> np.ndarray:
-        """Whether a gate that steers to ``toward`` acts, bool (N,); InputError for a threshold that is no probability.
+        """Whether a gate that steers to ``toward`` acts, bool (N,); see ``held``."""
+        return self.held(toward, threshold) == ""
+
+    def held(self, toward: Toward, threshold: float) -> np.ndarray:
+        """Why a gate that steers to ``toward`` does not act on a prompt, text (N,); "" where it does.
 
         It does where the other behaviour has at least this probability, memory and the rule disagree, and the prompt is
-        like those of the fit.
+        like those of the fit. InputError for a threshold that is no probability.
         """
         if not 0 <= threshold <= 1:
             raise InputError(f"gate: {threshold} is not a probability, in 0 .. 1")
         expected = self.p_memorized if Toward.of(toward) == "generalized" else 1 - self.p_memorized
-        conflict = np.isnan(self.p_conflict) | (self.p_conflict >= 0.5)
-        return (expected >= threshold) & conflict & ~self.unlike
+        held = np.where(expected >= threshold, "", f"the other behaviour is less probable than {threshold:g}")
+        held = np.where(self.p_conflict < 0.5, "memory and prompt seem to agree", held)
+        return np.where(self.unlike, "it is unlike the prompts of the fit", held)
+
+    def __str__(self) -> str:
+        """A table of prompts."""
+        lines = [f"P(memorized) at layer {self.layer}  P(conflict)  distance (up to 1: like those of the fit)  prompt"]
+        for n, (p, conflict, distance) in enumerate(zip(self.p_memorized, self.p_conflict, self.distance, strict=True)):
+            prompt = self.prompts[n] if self.prompts else f"number {n}"
+            lines.append(f"{p:.2f}  {'none' if np.isnan(conflict) else f'{conflict:.2f}'}  {distance:.2f}  {prompt!r}")
+        if np.isnan(self.p_conflict).any():
+            lines.append("P(conflict) is none: the fit had too few prompts without a conflict")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
