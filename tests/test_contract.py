@@ -97,6 +97,15 @@ def test_what_is_saved_comes_back_as_it_was(bench: DrawnBench, fitted: Fitted, m
         load_intervention(path)
 
 
+@pytest.mark.parametrize("method", ["prompt", "cad", "lora"])
+def test_a_fresh_process_loads_every_kind(bench: DrawnBench, fitted: Fitted, method: str, tmp_path: Path) -> None:
+    one = fitted[method, "memorized"]  # type: ignore[index]
+    one.save(tmp_path / "one.safetensors")
+    code = "import sys, pathlib, mnemoscope.interventions as m; print(m.load_intervention(pathlib.Path(sys.argv[1])))"
+    asked = [sys.executable, "-c", code, str(tmp_path / "one.safetensors")]
+    assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip() == repr(one)
+
+
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # of GPT-2's layers, which peft sets right
 def test_peft_opens_the_folder_of_an_adapter(bench: DrawnBench, fitted: Fitted, tmp_path: Path) -> None:
     one, model = fitted["lora", "memorized"], bench.asking.model

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
 from torch import Tensor
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from mnemoscope.interventions.words import Quoted
 
 Bench: TypeAlias = "lists.Bench"  # what methods are fitted on
+KINDS = ("words", "decoding", "vector", "adapter")  # modules of this package; others are found once they are imported
 Contrast = Literal["bare", "cut"]  # with what a prompt is contrasted: its bare question, or itself without its text
 
 
@@ -128,6 +130,8 @@ def load_intervention(
     """Load an intervention of any kind that was imported; see ``Artefact.load`` for errors."""
     facts, _ = read_artefact("intervention", path := tensors_file(path), InterventionFacts, force)
     kind = facts.get("kind", "vector")
+    if kind in KINDS:
+        import_module(f"mnemoscope.interventions.{kind}")
     with suppress(InputError):  # a vector of somebody's own
         method_module(facts["method"])
     known = {one.KIND: one for one in _all(Intervention) if hasattr(one, "KIND")}

@@ -79,7 +79,7 @@ class Offered:
         source = Path(source)
         if not source.exists():
             raise InputError(f"{ENVIRONMENT}: {source} does not exist")
-        levers, *detectors = artefacts_of(source, binding)
+        levers, *detectors = artefacts_of(source, binding, only_vectors=True)
         offered = cls.of(vectors_of(levers), *detectors)
         for artefact in offered.artefacts.values():
             if artefact.binding is None:
