@@ -334,6 +334,6 @@ def test_a_gate_says_why_it_does_not_act_and_a_reading_is_a_table_of_prompts() -
         assert why in said
     assert reading.acts(Toward.GENERALIZED, 0.6).tolist() == [True, False, False, False]
     assert [line.split()[0] for line in str(reading).splitlines()] == ["P(memorized)", "0.90", "0.20", "0.90", "0.90"]
-    assert str(reading).endswith("'d'")
+    assert str(reading).endswith("'d' (unlike those of the fit: ignore this)")
     undefined = str(replace(reading, p_conflict=np.full(4, np.nan)))
-    assert undefined.endswith("P(conflict) is none: the fit had too few prompts without a conflict")
+    assert undefined.endswith("P(conflict) is nan: the fit had too few prompts without a conflict")

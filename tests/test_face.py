@@ -295,7 +295,7 @@ def test_what_a_fit_cannot_take_is_one_line(user: User, tmp_path: Path) -> None:
     assert not list(out.rglob("*.parquet"))
     for task, settings, message in (("nowhere.jsonl", SETTINGS, absent), ("facts", ONE_LAYER - 1, few)):
         arguments = ("--task", task, "--settings", str(settings), "-o", str(out))
-        assert call("fit", "x", *arguments) == (2, "", f"error: {message}\n")
+        assert call("fit", str(user.folder), *arguments) == (2, "", f"error: {message}\n")
 
 
 def test_what_fitted_cannot_do_is_one_line_in_python_and_on_the_command_line(user: User, tmp_path: Path) -> None:

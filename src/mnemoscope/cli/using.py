@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -96,8 +98,7 @@ def detect(
     if fitted.detector.as_good_as_the_input:  # then a layer that is sure may only have read the wording
         rows = [row | {"readable_from": None} for row in rows]
     facts = {"model": model, "weights": weights_note(model), "layer": reading.layer, "site": fitted.detector.site}
-    lines = (f"{row['prompt']}\n  {_verdict(row, reading.layer)}" for row in rows)
-    say(as_json, "\n".join(lines), **facts, prompts=rows)
+    say(as_json, reading, **facts, prompts=rows)
 
 
 @app.command()
@@ -157,7 +158,6 @@ def serve(
     """
     # The pages say that nothing leaves this machine, so nothing is downloaded.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from mnemoscope.runs.files import dumped
     from mnemoscope.runs.processes import quiet_library
 
     try:
@@ -166,23 +166,8 @@ def serve(
         raise ms.InputError("serve: needs FastAPI and uvicorn: pip install 'mnemoscope[web]'") from error
     ms.allow_code(*allow_code or ())
     quiet_library()
-
-    def announce(address: str) -> None:
-        typer.echo(dumped({"address": address}) if as_json else address, err=not as_json)
-
-    serve(run, port, announce, siblings, model)
-
-
-def _verdict(row: dict[str, Any], layer: int) -> str:
-    text = f"P(memorized) {row['p_memorized']:.2f} at layer {layer}"
-    if row["readable_from"] is not None:
-        text += f", sure from layer {row['readable_from']} on"
-    if row["p_conflict"] == row["p_conflict"]:
-        text += f"; P(memory and rule disagree) {row['p_conflict']:.2f}"
-    if row["unlike"]:
-        far = f"distance {row['distance']:.1f}, up to 1 is like them"
-        text += f"; unlike the prompts it was fitted on ({far}): ignore this"
-    return text
+    told: Callable[[str], Any] = (lambda at: say(True, at, address=at)) if as_json else partial(typer.echo, err=True)
+    serve(run, port, told, siblings, model)
 
 
 def _fitted(source: Path, force: bool, prompting: Any, model: str, *opening: Any) -> Any:

@@ -85,12 +85,15 @@ class Reading:
 
     def __str__(self) -> str:
         """A table of prompts."""
-        lines = [f"P(memorized) at layer {self.layer}  P(conflict)  distance (up to 1: like those of the fit)  prompt"]
-        for n, (p, conflict, distance) in enumerate(zip(self.p_memorized, self.p_conflict, self.distance, strict=True)):
-            prompt = self.prompts[n] if self.prompts else f"number {n}"
-            lines.append(f"{p:.2f}  {'none' if np.isnan(conflict) else f'{conflict:.2f}'}  {distance:.2f}  {prompt!r}")
+        lines = [f"P(memorized)  sure from layer (of {self.layer})  P(conflict)  distance  prompt"]
+        rows = zip(self.p_memorized, self.readable_from, self.p_conflict, self.distance, strict=True)
+        for n, (p, sure, conflict, distance) in enumerate(rows):
+            asked = repr(self.prompts[n]) if self.prompts else f"number {n}"
+            unlike = " (unlike those of the fit: ignore this)" if distance > 1 else ""
+            layer = "-" if sure is None else sure
+            lines.append(f"{p:12.2f}  {layer:>24}  {conflict:11.2f}  {distance:8.2f}  {asked}{unlike}")
         if np.isnan(self.p_conflict).any():
-            lines.append("P(conflict) is none: the fit had too few prompts without a conflict")
+            lines.append("P(conflict) is nan: the fit had too few prompts without a conflict")
         return "\n".join(lines)
 
 
