@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from families import tiny, tokenizer
 from helpers import MINI_TASKS, label
-from mnemoscope.behaviour import Asking
+from mnemoscope.behaviour import Asking, Prompting
 from mnemoscope.face import check
 from mnemoscope.face.check import check_task
 from mnemoscope.tasks import SPLITS, Example, Split, build_task, draw
@@ -78,3 +79,15 @@ def test_pairs_are_those_of_plain_labels(
     groups = [pair[0].group for pair, one, other in shown if {one, other} == {"memorized", "generalized"}]
     assert (found.pairs, found.pair_groups) == (len(groups), len(set(groups)))
     assert 0 < found.pair_groups <= found.groups <= found.conflicts
+
+
+def test_what_makes_answers_neither_is_said(tmp_path: Path) -> None:
+    words = tokenizer()
+    words.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    rows = [{"item": f"i{n}", "prompt": f"w{n} ", "memorized": " w40", "generalized": " w41"} for n in range(8)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task, model = build_task("jsonl", {"file": str(tmp_path / "x.jsonl")}, 0), tiny("gpt2")
+    for prompting, said in ((Prompting(), False), (Prompting(True), True), (Prompting(True, reply="w3"), False)):
+        missing = "\n".join(check_task(Asking(model, words, prompting=prompting), task).missing)
+        assert "prompts: 2 of 2 end in a space; leave it to the answer" in missing
+        assert ("give it (--reply 'The answer is')" in missing) == said

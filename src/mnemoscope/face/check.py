@@ -125,6 +125,10 @@ def check_task(asking: Asking, task: Task, seed: int = 0) -> Checked:
     fewest = min(groups.values())
     width = math.nan if fewest < LEAST_GROUPS else 1.0 / math.sqrt(fewest)
     missing = _missing(splits, groups, families, bool(kept))
+    if (spaces := sum(example.prompt.endswith(" ") for example in sampled["test"])) and any(map(len, others.values())):
+        missing.append(f"prompts: {spaces} of {len(sampled['test'])} end in a space; leave it to the answer behind it")
+    if asking.prompting.chat and not asking.prompting.begun and any(map(len, others.values())):
+        missing.append("the beginning of the reply: this chat model words its own; give it (--reply 'The answer is')")
     counts = (len(known), len(facts)) if facts else (0, 0)
     return Checked(families, others, *counts, right, splits, seconds / 60, torch.get_num_threads(), width, missing)
 
