@@ -203,13 +203,16 @@ def test_the_command_line_writes_control_vectors_of_llama_cpp(made: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("v.safetensors", "--to", "onnx"), "to: 'onnx' is not one of checkpoint, gguf"),
+        (("v.safetensors", "--to", "onnx"), "'onnx' is not one of 'gguf', 'checkpoint'"),
         (("v.safetensors", "--to", "checkpoint"), "model: a checkpoint is made of a model"),
         (("v.safetensors", "--to", "gguf", "--toward", "memory"), "toward: 'memory'; the vector in v.safetensors"),
-        (("absent.safetensors", "--to", "gguf"), "absent.safetensors cannot be read"),
+        (("absent.safetensors", "--to", "gguf"), "absent.safetensors does not exist"),
         (("unbound.safetensors", "--to", "gguf"), "model: the vector does not say which model it was made on"),
         (("unbound.safetensors", "--to", "gguf", "--model", "model"), "binding: the vector does not say which model"),
-        (("v.safetensors", "--to", "checkpoint", "--model", "not/at/all"), "model: not/at/all cannot be opened"),
+        (
+            ("v.safetensors", "--to", "checkpoint", "--model", "not/at/all"),
+            "model: the folder not/at/all does not exist",
+        ),
     ],
 )
 def test_what_cannot_be_exported_is_one_line_and_exit_code_2(

@@ -331,7 +331,7 @@ def test_what_fitted_cannot_do_is_one_line_in_python_and_on_the_command_line(use
         (("steer", "1+2=", "--from", out, "--toward", "both"), "toward: 'both'"),
         (("steer", "1+2=", "--from", file, "--toward", "memorized"), "has no lever to memorized; it has generalized"),
         (("steer", "1+2=", "--from", file, "--toward", "generalized", "--gate", "0.5"), "detector: "),
-        (("steer", "1+2=", "--from", out, "--toward", "generalized", "--gate", "2"), "gate: 2.0 is not a probability"),
+        (("steer", "1+2=", "--from", out, "--toward", "generalized", "--gate", "2"), "Invalid value for '--gate'"),
         (("steer", "1+2=", "--from", str(tmp_path / "absent"), "--toward", "memorized"), "does not exist"),
     ):
         code, stdout, stderr = call(arguments[0], user.folder, *arguments[1:])
