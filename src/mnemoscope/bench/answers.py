@@ -15,7 +15,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -53,6 +52,7 @@ from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Example
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformers import PreTrainedModel
 
 NOTHING = Intervention(toward=Toward.GENERALIZED)
@@ -218,6 +218,8 @@ class Neutral:
         self, asking: Asking, cuts: int, texts: int, length: int, following: int, rng: np.random.Generator
     ) -> None:
         """Draw them; none where the model reads too few tokens for ``following`` ones behind a cut."""
+        import pandas as pd  # here, as answers alone need no table
+
         self.asking = asking
         self.encoded, self.batches, self.plain, places = list[Encoded](), list[Batch](), list[Tensor](), list[int]()
         if not cuts or length < EARLIEST + following:
@@ -256,6 +258,8 @@ class Neutral:
         KL at the cut (``kl_first``) and the mean of the tokens behind it (``kl_next``). No row where two passes are
         joined, as neutral text has no bare question.
         """
+        import pandas as pd
+
         batches, found = ([] if one.contrast else self.batches), list[pd.DataFrame]()
         if batches and (sentence := one.prompt(Quoted("", "", ""))):
             ids = self.asking.tokenizer(sentence, add_special_tokens=False).input_ids

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,9 @@ from mnemoscope.behaviour import Scores
 from mnemoscope.interventions import Intervention, SteeringVector
 from mnemoscope.interventions.controls import shared_neurons
 from mnemoscope.interventions.methods.nmd import alpha
-from mnemoscope.study.stages.lists import JudgedList, RecordedBench
+
+if TYPE_CHECKING:
+    from mnemoscope.study.stages.lists import JudgedList, RecordedBench
 
 Row = dict[str, Any]
 
