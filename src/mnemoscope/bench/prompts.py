@@ -10,7 +10,6 @@ import numpy as np
 
 from mnemoscope.behaviour import Asking, Batch, Scores, as_batch, cache_prefixes, encode, score
 from mnemoscope.interventions import Contrast, Quoted
-from mnemoscope.interventions.sources import with_prefixes
 from mnemoscope.tasks import Example
 
 
@@ -55,6 +54,8 @@ class Prompts:
     @cached_property
     def batches(self) -> list[Batch]:
         """The prompts with their options."""
+        from mnemoscope.interventions.sources import with_prefixes  # with statistics, which free answers do not need
+
         return with_prefixes(self.asking, self.examples)
 
     def contrast(self, which: Contrast) -> list[Example]:

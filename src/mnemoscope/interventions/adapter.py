@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from mnemoscope.behaviour import Asking
-from mnemoscope.config import LoraConfig
 from mnemoscope.interventions.artefact import tensors_file
 from mnemoscope.interventions.contract import Bench, Intervention, Toward
 from mnemoscope.interventions.hooks import Gate, adding, factors_of
-from mnemoscope.interventions.learning import Asked, Lesson, descend, log_p, wanted_batches
 from mnemoscope.models import adapt, check_peft, core_of, in_precision, is_adapted, prompts_of_rows, quick_precision
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.files import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from mnemoscope.interventions.learning import Asked, Lesson
 
 RANK, RATE = 8, 1e-3
 STRENGTHS = (0.25, 0.5, 1.0)  # of an adapter once it is trained
@@ -125,6 +125,9 @@ def adapters(
     ``loss``: of the adapted model and a batch of wanted answers; default: their negative log probability, as of those
     that should stay. Raises InputError where peft is missing, or the model holds an adapter already.
     """
+    from mnemoscope.config import LoraConfig  # who uses adapters needs neither YAML nor statistics
+    from mnemoscope.interventions.learning import Asked, descend, log_p, wanted_batches
+
     check_peft("lora, dpo")
     model, lists = bench.asking.model, bench.lists
     if is_adapted(model) or hasattr(model, "peft_config"):
