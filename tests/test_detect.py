@@ -268,7 +268,7 @@ def test_a_gate_must_read_below_the_first_shift(
     model, words, texts = tiny("llama"), tokenizer(), prompts()
     detector = splitting(model, words, texts, *reads).bound_to(model, words)
     vector = shifting(model, (shifts[1], 2), shifts[0])
-    fitted = Fitted(tmp_path, model, words, {"generalized": vector}, detector, None)
+    fitted = Fitted(tmp_path, model, words, {"generalized": {"shift": vector}}, detector, None)
     inputs = fitted.inputs(texts)
     assert fitted.gate(inputs).tolist() == [1.0, 0.0, 1.0, 0.0]
     with fitted.steer("generalized", fitted.gate(inputs)):
