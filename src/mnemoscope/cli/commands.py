@@ -72,7 +72,7 @@ def fit(
     task: given.Task,
     out: Annotated[Path, typer.Option("-o", "--out", help=_FITTED, callback=given.of_out)],
     option: given.TaskOptions = None,
-    settings: Annotated[int, typer.Option(help="Settings tried in either direction, at most; 8 or more.")] = 32,
+    settings: Annotated[int, typer.Option(help="Settings of shifts tried in either direction; 4 or more.")] = 20,
     positions: Annotated[Literal["decision", "all"], typer.Option(help="all: for export.")] = "decision",
     aim: Annotated[Literal["conflict", "pairs"], typer.Option(help="conflict: as users meet it.")] = "conflict",
     lost: Annotated[float, typer.Option(min=0, max=1, help="Share of other answers that a vector may cost.")] = 0.08,
