@@ -273,7 +273,7 @@ def test_prompts_are_formatted_as_they_were_in_the_fit() -> None:
 def test_what_a_fit_cannot_take_is_one_line(user: User, tmp_path: Path) -> None:
     out, model, words = tmp_path / "out", user.model, user.words
     absent = "task: the file nowhere.jsonl does not exist"
-    assert ONE_LAYER == 8  # as the help of the command line says
+    assert ONE_LAYER == 4  # as the help of the command line says
     few = f"settings: {ONE_LAYER - 1} is less than the {ONE_LAYER} that one layer takes"
     cases: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
         ((model, None, "x.jsonl"), {}, "tokenizer: None; an open model needs its tokenizer"),
