@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mnemoscope.models import context_length, end_ids
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, refusing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -92,14 +92,10 @@ class Prompting:
     def _rendered(self, tokenizer: PreTrainedTokenizerFast, message: str, **more: Any) -> str:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         messages.append({"role": "user", "content": message})
-        try:
-            # Reasoning models answer at once; other templates ignore the option.
-            return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False, **more
-            )
-        except Exception as error:  # a template may raise anything, for example that it takes no system message
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"chat: the template of this tokenizer refuses the messages ({reason})") from error
+        # Reasoning models answer at once; other templates ignore the option.
+        how: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False, **more}
+        with refusing("chat: the template of this tokenizer refuses the messages"):  # such as a system message
+            return tokenizer.apply_chat_template(messages, **how)
 
 
 PLAIN = Prompting()

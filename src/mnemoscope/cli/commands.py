@@ -67,7 +67,9 @@ def report(
 
 
 @app.command()
+@given.taking("force")
 def fit(
+    how: given.How,
     model: given.Model,
     task: given.Task,
     out: Annotated[Path, typer.Option("-o", "--out", help=_FITTED, callback=given.of_out)],
@@ -77,13 +79,6 @@ def fit(
     aim: Annotated[Literal["conflict", "pairs"], typer.Option(help="conflict: as users meet it.")] = "conflict",
     lost: Annotated[float, typer.Option(min=0, max=1, help="Share of other answers that a vector may cost.")] = 0.08,
     neither: Annotated[float, typer.Option(min=0, max=1, help="Share it may leave answered neither way.")] = 0.12,
-    chat: given.AsChat = False,
-    reply: given.Reply = "",
-    dtype: given.Dtype = "float32",
-    device_map: given.DeviceMap = None,
-    threads: given.Threads = None,
-    layout: given.Parts = None,
-    as_json: given.AsJson = False,
 ) -> None:
     """Find pairs, fit vectors and a detector for a model of yours on your data, and judge them; one run folder."""
     from mnemoscope.face.recipe import Choices
@@ -93,58 +88,48 @@ def fit(
     asked: dict[str, Any] = {"settings": settings, "positions": positions, "aim": aim, "lost": lost, "neither": neither}
     Choices(**asked)
     named_task(task, given_options := options(option))
-    how = formatted(chat, reply)
-    asked |= {"dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
+    prompting = formatted(how)
+    asked |= {"dtype": how.dtype, "device_map": how.device_map, "layout": named_parts(how.layout)}
     # Processes of one thread each do not wait for one another, and round as one alone would.
-    asked |= {"workers": threads or os.cpu_count() or 1, "threads": 1, "progress": not as_json}
+    asked |= {"workers": how.threads or os.cpu_count() or 1, "threads": 1, "progress": not how.as_json}
     quiet_library()
-    summary = ms.fit(model, task=task, out=out, prompting=how, options=given_options, **asked).summary()
+    summary = ms.fit(model, task=task, out=out, prompting=prompting, options=given_options, **asked).summary()
     page = out / "report.html"
-    say(as_json, f"{summary}\n{page}", run=out, report=page, tasks=summary.brief())
-    if not as_json and positions != "all":
+    say(how.as_json, f"{summary}\n{page}", run=out, report=page, tasks=summary.brief())
+    if not how.as_json and positions != "all":
         typer.echo(NOT_EXPORTED, err=True)
 
 
 @app.command()
+@given.taking("force")
 def check(
+    how: given.How,
     model: given.Model,
     task: given.Task,
     option: given.TaskOptions = None,
-    chat: given.AsChat = False,
-    reply: given.Reply = "",
-    dtype: given.Dtype = "float32",
-    device_map: given.DeviceMap = None,
-    threads: given.Threads = None,
-    layout: given.Parts = None,
-    as_json: given.AsJson = False,
 ) -> None:
     """See what a model does with your data before a fit: answers, pairs, what is known, time, what to add."""
     from mnemoscope.tasks import named_task
 
     made = named_task(task, options(option))
-    prompting = formatted(chat, reply).of(made)
+    prompting = formatted(how).of(made)
     from mnemoscope.face.check import check_task
 
-    opened, tokenizer = open_model(model, dtype, layout, device_map)
+    opened, tokenizer = open_model(model, how)
     found = check_task(ms.Asking(opened, tokenizer, made.boundary, 32, prompting), made)
-    say(as_json, found, **asdict(found))
+    say(how.as_json, found, **asdict(found))
 
 
 @app.command()
+@given.taking("force")
 def arena(
+    how: given.How,
     model: given.Model,
     task: given.Task,
     out: Annotated[Path, typer.Option("-o", "--out", help=_ARENA, callback=given.of_out)],
     method: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated. Default: all.")] = None,
     option: given.TaskOptions = None,
     size: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: prompts or steps, as conflicts=80.")] = None,
-    chat: given.AsChat = False,
-    reply: given.Reply = "",
-    dtype: given.Dtype = "float32",
-    device_map: given.DeviceMap = None,
-    threads: given.Threads = None,
-    layout: given.Parts = None,
-    as_json: given.AsJson = False,
 ) -> None:
     """Compare every way to make a model follow its text, or its memory, on one frozen set of conflicts."""
     from mnemoscope.config import parse_arena
@@ -152,15 +137,15 @@ def arena(
     from mnemoscope.tasks import named_task
 
     asked: dict[str, Any] = {"methods": method, "options": options(option), "sizes": options(size, "--size")}
-    asked["sizes"] |= {"threads": threads} if threads else {}
+    asked["sizes"] |= {"threads": how.threads} if how.threads else {}
     parse_arena(asked["sizes"])
     ms.allow_code(*(one for one in method or () if "." in one))  # it is the user who names it
     for one in method or ():
         check_method(one)
     named_task(task, asked["options"])
-    asked |= {"prompting": formatted(chat, reply), "name": model, "progress": not as_json}
-    page = ms.arena(*open_model(model, dtype, layout, device_map), task, out, **asked)
-    say(as_json, page, run=out, results=out / "arena" / "results.json", page=page)
+    asked |= {"prompting": formatted(how), "name": model, "progress": not how.as_json}
+    page = ms.arena(*open_model(model, how), task, out, **asked)
+    say(how.as_json, page, run=out, results=out / "arena" / "results.json", page=page)
 
 
 @app.command()
@@ -201,7 +186,9 @@ def data(
 
 
 @app.command()
+@given.taking("chat", "reply", "force")
 def doctor(
+    how: given.How,
     model: given.MaybeModel = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to check with; at least two.")] = None,
     server: Annotated[str | None, typer.Option(help="http://HOST:PORT of a vLLM server with our plugin.")] = None,
@@ -211,11 +198,6 @@ def doctor(
     named: Annotated[str | None, typer.Option("--model", help=_SERVED, callback=given.of_model)] = None,
     long: Annotated[int | None, typer.Option(min=1, help="With --server: tokens of prompts of several passes.")] = None,
     certify: Annotated[bool, typer.Option("--certify", help="With --server: say in cards what passed.")] = False,
-    dtype: given.Dtype = "float32",
-    device_map: given.DeviceMap = None,
-    threads: given.Threads = None,
-    layout: given.Parts = None,
-    as_json: given.AsJson = False,
 ) -> None:
     """Prove on a model of yours that batched = single, cached = uncached, alpha 0 = untouched; exit code 1 if not.
 
@@ -225,8 +207,7 @@ def doctor(
     if server is not None:
         from mnemoscope.cli.proving import prove_server
 
-        opening = (named or model, dtype, layout, device_map)
-        well = prove_server(server, source, opening, prompt, long, certify, as_json)
+        well = prove_server(server, source, named or model, how, prompt, long, certify)
     else:
         of_server = {"--from": source, "--model": named, "--long": long, "--certify": certify}
         for name, value in of_server.items():
@@ -234,16 +215,16 @@ def doctor(
                 raise ms.InputError(f"{name}: is for a server; name it too: --server URL")
         if model is None:
             raise ms.InputError("MODEL: missing; name a model, or a server: --server URL")
-        well = _is_well(model, prompt, open_model(model, dtype, layout, device_map), as_json)
+        well = _is_well(model, prompt, how)
     if not well:
         raise typer.Exit(1)
 
 
-def _is_well(model: str, prompts: list[str] | None, opened: tuple[Any, Any], as_json: bool) -> bool:
+def _is_well(model: str, prompts: list[str] | None, how: given.How) -> bool:
     """Print the checks of a model; whether all have passed."""
     from mnemoscope.doctor import PROMPTS, examine
 
-    checks = list(examine(*opened, prompts or PROMPTS))
+    checks = list(examine(*open_model(model, how), prompts or PROMPTS))
     well, width = all(check.passed for check in checks), max(len(check.name) for check in checks)
     lines = []
     for check in checks:
@@ -252,5 +233,5 @@ def _is_well(model: str, prompts: list[str] | None, opened: tuple[Any, Any], as_
         found = f"largest difference {check.difference:.2g} ({bound}{flips})"
         lines.append(f"{'ok  ' if check.passed else 'FAIL'}  {check.name:<{width}}  {found}")
     rows = [asdict(check) | {"passed": check.passed} for check in checks]
-    say(as_json, "\n".join(lines), model=model, weights=weights_note(model), passed=well, checks=rows)
+    say(how.as_json, "\n".join(lines), model=model, weights=weights_note(model), passed=well, checks=rows)
     return well

@@ -10,8 +10,8 @@ import typer
 
 from mnemoscope.cli import given
 from mnemoscope.cli.shared import app, formatted, options, say
+from mnemoscope.runs.schemas import Site
 
-Site = Literal["block", "attention", "mlp", "neuron"]
 SHOWN = {"worked out": "conflict_generalized", "remembered": "conflict_memorized", "other": "conflict_other"}
 SHOWN |= {"new right": "novel_accuracy", "recalled": "recall"}
 
@@ -43,7 +43,9 @@ def watch(
 
 
 @app.command()
+@given.taking("layout", "force")
 def emergence(
+    how: given.How,
     checkpoints: Annotated[
         list[str],
         typer.Argument(metavar="CHECKPOINT...", help="Folders, a trainer's output folder, or hub ids (ID@REVISION)."),
@@ -60,31 +62,25 @@ def emergence(
     tokenizer: Annotated[str | None, typer.Option(help="Folder or id with it, where checkpoints have none.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides which questions are drawn.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per pass, at most.")] = 64,
-    chat: given.AsChat = False,
-    reply: given.Reply = "",
-    dtype: given.Dtype = "float32",
-    device_map: given.DeviceMap = None,
-    threads: given.Threads = None,
-    as_json: given.AsJson = False,
 ) -> None:
     """Ask the checkpoints of a training, one after another, and draw how both behaviours emerged."""
     from mnemoscope.runs.processes import quiet_library
     from mnemoscope.tasks import named_task
 
     named_task(task, options(option))
-    prompting = formatted(chat, reply)
+    prompting = formatted(how)
     from mnemoscope.watch.checkpoints import measure_checkpoints
     from mnemoscope.watch.curve import PICTURE
 
     quiet_library()
-    how: dict[str, Any] = {"examples": examples, "rephrasings": rephrasings, "split": split, "contrast": contrast}
-    how |= {"seed": seed, "batch_size": batch_size, "prompting": prompting}
-    opening, rows = {"dtype": dtype, "device_map": device_map, "tokenizer": tokenizer}, []
-    for row in measure_checkpoints(checkpoints, task, options(option), out, opening, **how):
+    asked: dict[str, Any] = {"examples": examples, "rephrasings": rephrasings, "split": split, "contrast": contrast}
+    asked |= {"seed": seed, "batch_size": batch_size, "prompting": prompting}
+    opening, rows = {"dtype": how.dtype, "device_map": how.device_map, "tokenizer": tokenizer}, []
+    for row in measure_checkpoints(checkpoints, task, options(option), out, opening, **asked):
         rows.append(row)
-        if not as_json:
+        if not how.as_json:
             typer.echo(_in_words(row))
-    say(as_json, out / PICTURE, rows=rows, picture=out / PICTURE)
+    say(how.as_json, out / PICTURE, rows=rows, picture=out / PICTURE)
 
 
 def _in_words(row: dict[str, Any]) -> str:

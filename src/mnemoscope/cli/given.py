@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass, fields
+from functools import partial, wraps
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
@@ -81,14 +83,42 @@ Source = Annotated[Path, typer.Option("--from", help=_SOURCE, callback=of_source
 Task = Annotated[str, typer.Option(help=_TASK, callback=by("mnemoscope.tasks:described_task"))]
 TaskOptions = Annotated[list[str] | None, typer.Option(help="NAME=VALUE: an option of the task, as hops=2.")]
 AllowCode = Annotated[list[str] | None, typer.Option(help=_CODE)]
-Dtype = Annotated[Literal["float32", "bfloat16", "float16", "auto"], _opening(help="Of the weights.")]
 _THREADS = "Processors to use; default: all there are."
+_DEVICE = "Device: cuda or auto (needs accelerate); default: the CPU."
+_PARTS = "blocks=..,attention=..,mlp=..,down=..: paths of its parts."
+_FORCE = "Accept what was fitted on another model of the same shape."
 Threads = Annotated[int | None, _opening(min=1, help=_THREADS, callback=checked(_threads))]
-DeviceMap = Annotated[str | None, _opening(help="Device: cuda or auto (needs accelerate); default: the CPU.")]
-Parts = Annotated[
-    str | None, _opening(help="blocks=..,attention=..,mlp=..,down=..: paths of its parts.", callback=checked(_layout))
-]
-Force = Annotated[bool, _opening("--force", help="Accept what was fitted on another model of the same shape.")]
-AsChat = Annotated[bool, _formatting("--chat", help="By the chat template of the tokenizer.")]
-Reply = Annotated[str, _formatting(help="With --chat: how the reply begins; the model continues it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+
+
+@dataclass(frozen=True)
+class How:
+    """Options that commands share."""
+
+    chat: Annotated[bool, _formatting("--chat", help="By the chat template of the tokenizer.")] = False
+    reply: Annotated[str, _formatting(help="With --chat: how the reply begins; the model continues it.")] = ""
+    dtype: Annotated[Literal["float32", "bfloat16", "float16", "auto"], _opening(help="Of the weights.")] = "float32"
+    device_map: Annotated[str | None, _opening(help=_DEVICE)] = None
+    threads: Threads = None
+    layout: Annotated[str | None, _opening(help=_PARTS, callback=checked(_layout))] = None
+    force: Annotated[bool, _opening("--force", help=_FORCE)] = False
+    as_json: AsJson = False
+
+
+def taking(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command with the fields of ``How``, but for some, as options behind its own, which gets a ``How`` first."""
+    options = [one.name for one in fields(How) if one.name not in left_out]
+
+    def with_options(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def taken(**given: Any) -> None:
+            command(How(**{name: given.pop(name) for name in options}), **given)
+
+        of_both = (inspect.signature(one, eval_str=True).parameters for one in (command, How))
+        (_, *own), shared = (list(parameters.values()) for parameters in of_both)
+        every = [*own, *(one for one in shared if one.name in options)]
+        taken.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+        taken.__annotations__ = {one.name: one.annotation for one in every}
+        return taken
+
+    return with_options

@@ -9,7 +9,9 @@ from typing import Any
 
 import typer
 
-from mnemoscope.cli.shared import open_model, weights_note
+from mnemoscope.cli.given import How
+from mnemoscope.cli.shared import open_model, say, weights_note
+from mnemoscope.runs.errors import InputError
 
 PLAIN = "note: unsteered answers differ already: does the server have this model, in this precision (--dtype)?"
 
@@ -17,49 +19,44 @@ PLAIN = "note: unsteered answers differ already: does the server have this model
 def prove_server(
     url: str,
     source: Path | None,
-    opening: tuple[str | None, Any, Any, Any],
+    model: str | None,
+    how: How,
     prompts: list[str] | None,
     long: int | None,
     certified: bool,
-    as_json: bool,
 ) -> bool:
     """Print a table, or JSON, of the checks of a server; whether all have passed.
 
-    ``opening``: the model and how it is opened; ``certified``: cards say what was shown where all have passed.
+    ``certified``: cards say what was shown where all have passed.
     """
     from mnemoscope.face.fitted import Fitted
     from mnemoscope.interventions import Binding
-    from mnemoscope.runs.errors import InputError
-    from mnemoscope.runs.files import dumped
     from mnemoscope.serving.client import Server
     from mnemoscope.serving.proof import LONG, certify, cost, prove
 
     if source is None:
         raise InputError("from: missing; name the run that the server has: --from RUN")
-    server, named = Server(url), opening[0] or _model_of(source)
-    opened = open_model(named, *opening[1:])
+    server, named = Server(url), model or _model_of(source)
+    opened = open_model(named, how)
     fitted, texts, found = Fitted.open(source, *opened), prompts or _prompts_of(source), []
     for proof in prove(server.ask, fitted, texts, server.room, long or LONG):
         found.append(proof)
-        if not as_json:
+        if not how.as_json:
             typer.echo(proof)
     ratios = cost(server.ask, fitted, texts)
     well, median, written = all(proof.passed for proof in found), statistics.median(ratios), list[Path]()
     if certified and well:
         precision = str(opened[0].dtype).removeprefix("torch.")
         written = certify(source, Binding.of(*opened), server.engine, precision, found)
-    if as_json:
-        about: dict[str, Any] = {"server": server.url, "engine": server.engine, "model": named}
-        about |= {"weights": weights_note(named), "passed": well}
-        about |= {"checks": [asdict(proof) | {"passed": proof.passed} for proof in found]}
-        about |= {"steered_to_unsteered_seconds": {"median": median, "rounds": ratios}}
-        typer.echo(dumped(about | {"certified": [str(path) for path in written]}))
-        return well
+    about: dict[str, Any] = {"server": server.url, "engine": server.engine, "model": named}
+    about |= {"weights": weights_note(named), "passed": well}
+    about |= {"checks": [asdict(proof) | {"passed": proof.passed} for proof in found]}
+    about |= {"steered_to_unsteered_seconds": {"median": median, "rounds": ratios}}
     spread = f"median of {len(ratios)} rounds, {min(ratios):.2f} to {max(ratios):.2f}"
-    typer.echo(f"      a steered token takes {median:.2f} of the seconds of an unsteered one ({spread})")
-    for path in written:
-        typer.echo(path)
-    if not found[0].passed:
+    text = f"      a steered token takes {median:.2f} of the seconds of an unsteered one ({spread})"
+    certificates = list(map(str, written))
+    say(how.as_json, "\n".join([text, *certificates]), **about, certified=certificates)
+    if not how.as_json and not found[0].passed:
         typer.echo(PLAIN, err=True)
     return well
 
@@ -71,8 +68,6 @@ def _in_cells(source: Path, name: str) -> list[Path]:
 
 def _model_of(source: Path) -> str:
     """The folder of the model that a run, or a cell of one, has trained; InputError where it is another's."""
-    from mnemoscope.runs.errors import InputError
-
     found = _in_cells(source, "model")
     if len(found) != 1:
         what = "holds no model" if not found else "holds several"

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import mnemoscope as ms
-from mnemoscope.cli.given import named_parts
+from mnemoscope.cli.given import How, named_parts
 from mnemoscope.runs.errors import STOPPED
 
 FULL = "disk: no space is left; finished stages are kept, so make room and run the command again"
@@ -108,11 +108,12 @@ def say(as_json: bool, text: object, **facts: Any) -> None:
     typer.echo(dumped(plain) if as_json else text)
 
 
-def formatted(chat: bool, reply: str) -> Any:
+def formatted(how: How) -> Any:
     """The format of prompts, by the options of the command line; InputError for a reply begun without a chat."""
-    if reply and not chat:
-        raise ms.InputError(f"reply: {reply!r} is a part of a chat; add --chat, or write it at the end of the prompt")
-    return ms.Prompting(chat, reply=reply)
+    if how.reply and not how.chat:
+        why = "is a part of a chat; add --chat, or write it at the end of the prompt"
+        raise ms.InputError(f"reply: {how.reply!r} {why}")
+    return ms.Prompting(how.chat, reply=how.reply)
 
 
 def options(given: list[str] | None, name: str = "--option") -> dict[str, Any]:
@@ -132,13 +133,14 @@ def weights_note(model: str) -> str | None:
     return QUANTIZED if model in PACKAGED else None
 
 
-def open_model(model: str, dtype: str, layout: str | None, device_map: str | None = None) -> tuple[Any, Any]:
+def open_model(model: str, how: How) -> tuple[Any, Any]:
     """Model and tokenizer, by the options of the command line."""
     from mnemoscope.config import parse_model
     from mnemoscope.runs.processes import quiet_library
 
     quiet_library()
-    shape = parse_model({"folder": model, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)})
+    opening = {"dtype": how.dtype, "device_map": how.device_map, "layout": named_parts(how.layout)}
+    shape = parse_model({"folder": model, **opening})
     if weights := weights_note(model):
         typer.echo(f"{model}: weights are {weights}", err=True)
     return ms.load_model(model, dtype=shape.dtype, device_map=shape.device_map, layout=shape.layout)

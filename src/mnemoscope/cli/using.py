@@ -28,7 +28,9 @@ READ = ("p_memorized", "p_conflict", "unlike", "distance", "readable_from", "p_m
 
 
 @app.command()
+@given.taking()
 def steer(
+    how: given.How,
     model: given.Model,
     prompts: given.Prompts,
     source: given.Source,
@@ -39,24 +41,16 @@ def steer(
     bare: Annotated[list[str] | None, typer.Option(help=BARE)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind each prompt, at most.")] = 20,
     go_on: Annotated[bool, typer.Option("--go-on", help="Show what follows an answer too.")] = False,
-    chat: given.AsChat = False,
-    reply: given.Reply = "",
-    dtype: given.Dtype = "float32",
-    device_map: given.DeviceMap = None,
-    threads: given.Threads = None,
-    layout: given.Parts = None,
-    force: given.Force = False,
-    as_json: given.AsJson = False,
 ) -> None:
     """Generate unsteered, and by the best lever of a direction."""
-    fitted = _fitted(source, force, formatted(chat, reply), model, dtype, layout, device_map)
+    fitted = _fitted(source, model, how)
     fitted = fitted.use(toward, lever) if lever else fitted
     used = fitted.lever(toward)
     if alike := getattr(used, "begin_alike", 0.0):
         told = f"note: {alike:.0%} of the prompts of the vector's fit have two answers that begin alike"
         typer.echo(f"{told}; it was judged behind that beginning, so put it at the end of such a prompt", err=True)
-    how: dict[str, Any] = {"alpha": alpha, "max_new_tokens": max_new_tokens, "bare": bare, "go_on": go_on}
-    rows = fitted.answers(prompts, toward, gate, **how)
+    asked: dict[str, Any] = {"alpha": alpha, "max_new_tokens": max_new_tokens, "bare": bare, "go_on": go_on}
+    rows = fitted.answers(prompts, toward, gate, **asked)
     lines, acted = list[str](), [str(number) for number, row in enumerate(rows, 1) if row["acted"]]
     for row in rows:
         named = f"{toward} ({used.lever if row['acted'] else 'the gate did not act: ' + row['held']})"
@@ -71,48 +65,40 @@ def steer(
     facts["lever"] = {"name": used.lever, "method": used.method, "alpha": alpha, "passes": used.passes}
     facts["lever"] |= {name: getattr(used, name) for name in ("site", "layers") if hasattr(used, name)}
     facts["gate"] = None if gate is None else {"asked": len(rows), "acted": len(acted)}
-    say(as_json, "\n".join(lines), **facts, answers=rows)
+    say(how.as_json, "\n".join(lines), **facts, answers=rows)
 
 
 @app.command()
+@given.taking()
 def detect(
+    how: given.How,
     model: given.Model,
     prompts: given.Prompts,
     source: given.Source,
-    chat: given.AsChat = False,
-    reply: given.Reply = "",
-    dtype: given.Dtype = "float32",
-    device_map: given.DeviceMap = None,
-    threads: given.Threads = None,
-    layout: given.Parts = None,
-    force: given.Force = False,
-    as_json: given.AsJson = False,
 ) -> None:
     """Estimate, before it answers, how probably a model will follow its memory, and where that becomes readable."""
     import numpy as np
 
-    fitted = _fitted(source, force, formatted(chat, reply), model, dtype, layout, device_map)
+    fitted = _fitted(source, model, how)
     reading = fitted.detect(prompts)
     columns = (np.asarray(getattr(reading, name)).tolist() for name in READ)
     rows = [dict(zip(("prompt", *READ), row, strict=True)) for row in zip(prompts, *columns, strict=True)]
     if fitted.detector.as_good_as_the_input:  # then a layer that is sure may only have read the wording
         rows = [row | {"readable_from": None} for row in rows]
     facts = {"model": model, "weights": weights_note(model), "layer": reading.layer, "site": fitted.detector.site}
-    say(as_json, reading, **facts, prompts=rows)
+    say(how.as_json, reading, **facts, prompts=rows)
 
 
 @app.command()
+@given.taking("chat", "reply", "device_map", "threads")
 def export(
+    how: given.How,
     file: Annotated[Path, typer.Argument(metavar="FILE|RUN", help=_FILE, callback=given.of_source)],
     to: Annotated[Literal["gguf", "checkpoint"], typer.Option(help="For llama.cpp; a model with it baked in.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="What to write: a new file, or a new or empty folder.")],
     toward: Annotated[str | None, typer.Option(help=f"Of a run: {TOWARD}", callback=given.of_toward)] = None,
     model: Annotated[str | None, typer.Option(help=_ITS_MODEL, callback=given.of_model)] = None,
     alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector.")] = 1.0,
-    dtype: given.Dtype = "float32",
-    layout: given.Parts = None,
-    force: given.Force = False,
-    as_json: given.AsJson = False,
 ) -> None:
     """Write a vector for other programs; one with positions "all" only. Nothing that exists is overwritten."""
     from mnemoscope.face.stored import vector_file
@@ -131,14 +117,14 @@ def export(
         raise ms.InputError("model: a checkpoint is made of a model; name the one that the vector was made on")
     if to == "gguf" and model is None and vector.binding is None:
         raise ms.InputError("model: the vector does not say which model it was made on; name it")
-    opened, tokenizer = open_model(model, dtype, layout) if model is not None else (None, None)
-    vector = alpha * ms.SteeringVector.load(file, opened, tokenizer, force)
+    opened, tokenizer = open_model(model, how) if model is not None else (None, None)
+    vector = alpha * ms.SteeringVector.load(file, opened, tokenizer, how.force)
     if to == "checkpoint":
         ms.bake(opened, tokenizer, vector, out)
     else:
         bound = vector.binding.model_type if vector.binding else ""
         ms.to_gguf(vector, out, core_of(opened).config.model_type if opened is not None else bound)
-    say(as_json, out, out=out, to=to, toward=vector.toward, layers=vector.layers, alpha=alpha)
+    say(how.as_json, out, out=out, to=to, toward=vector.toward, layers=vector.layers, alpha=alpha)
 
 
 @app.command()
@@ -170,6 +156,7 @@ def serve(
     serve(run, port, told, siblings, model)
 
 
-def _fitted(source: Path, force: bool, prompting: Any, model: str, *opening: Any) -> Any:
+def _fitted(source: Path, model: str, how: given.How) -> Any:
     """Open vectors and detector with their model."""
-    return ms.Fitted.open(source, *open_model(model, *opening), prompting=prompting, force=force)
+    prompting = formatted(how)
+    return ms.Fitted.open(source, *open_model(model, how), prompting=prompting, force=how.force)

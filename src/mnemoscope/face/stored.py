@@ -14,11 +14,10 @@ from mnemoscope.interventions import (
     best_paths,
     chosen_paths,
     load_intervention,
-    readable,
 )
 from mnemoscope.interventions.detect import Detector
 from mnemoscope.runs.digests import check_closed, chosen_cells, intact, is_there
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, refusing
 from mnemoscope.runs.schemas import CellFacts
 from mnemoscope.runs.strict import read_json, read_text
 
@@ -79,7 +78,7 @@ def cell_of(source: Path, found: Binding) -> Path:
     if len(cells) == 1:
         return cells[0]
     bound = ((cell, read_json(intact(cell / "cell.json"), CellFacts).get("binding")) for cell in cells)
-    with readable("binding", source):
+    with refusing(f"binding: {source} cannot be read"):
         fitting = [cell for cell, facts in bound if facts and Binding(**facts).has_weights_of(found)]
     if len(fitting) > 1:
         names = ", ".join(map(str, fitting))

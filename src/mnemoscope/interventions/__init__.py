@@ -12,7 +12,6 @@ if TYPE_CHECKING:
         best_paths,
         chosen_paths,
         read_artefact,
-        readable,
     )
     from mnemoscope.interventions.contract import Contrast, Intervention, load_intervention
     from mnemoscope.interventions.edits import Edit, Held, LowRank, Scale, Shift

@@ -5,30 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import numpy as np
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor
 
 from mnemoscope.behaviour import PLAIN, Prompting
 from mnemoscope.models import core_of, merged_weights
 from mnemoscope.runs.digests import facts_digest, inside, intact, is_there
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, refusing
 from mnemoscope.runs.files import plain, write_atomically
 from mnemoscope.runs.schemas import ArtefactFacts, read_chosen
-from mnemoscope.runs.strict import read_bytes, read_json
+from mnemoscope.runs.strict import read_bytes, read_json, validated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # Not its padding and truncation, which every call may change.
 TOKENIZING = ("model", "added_tokens", "normalizer", "pre_tokenizer")
+Figure = Annotated[int | float, BeforeValidator(lambda value: math.nan if value is None else value)]  # JSON has null
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +84,15 @@ class Card:
     """
 
     fitted_on: str  # study, task and model
-    shift: dict[str, float] | None = None  # share of test prompts that change to the target behaviour
-    control: dict[str, Any] | None = None  # the strongest one of the same norm: ``name``, ``estimate`` (mean of draws)
-    cost: dict[str, float] = field(default_factory=dict)  # change in accuracy of each list that should not be affected
-    divergence: dict[str, float] = field(default_factory=dict)  # KL in nats a token on neutral text, by dose
-    auroc: dict[str, float] | None = None  # of a detector, with ``input_only`` beside it
+    shift: dict[str, Figure] | None = None  # share of test prompts that change to the target behaviour
+    control: dict[str, str | Figure] | None = None  # the strongest one: ``name``, ``estimate`` (mean of draws)
+    cost: dict[str, Figure] = field(default_factory=dict)  # change in accuracy of each list that should not be affected
+    divergence: dict[str, Figure] = field(default_factory=dict)  # KL in nats a token on neutral text, by dose
+    auroc: dict[str, Figure] | None = None  # of a detector, with ``input_only`` beside it
     pairs: int = 0  # of the fit split, as ``groups``
     groups: int = 0
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries that made it
     proven: dict[str, str] = field(default_factory=dict)  # by engine, what ``mnemoscope doctor --server`` has shown
-
-    def __post_init__(self) -> None:
-        """Undefined numbers are NaN, though JSON has them as null."""
-        for name in ("shift", "control", "cost", "divergence", "auroc"):
-            if found := getattr(self, name):
-                known = {key: math.nan if value is None else value for key, value in found.items()}
-                object.__setattr__(self, name, known)
 
     def __str__(self) -> str:
         beside, strongest = (self.auroc or {}).get("input_only"), self.control or {}
@@ -191,9 +185,7 @@ class Artefact:
         from safetensors.torch import load
 
         facts, content = read_artefact(cls.WHAT, path := tensors_file(Path(path)), cls.FACTS, force)
-        with readable(cls.WHAT, path):
-            for name, kind in (("binding", Binding), ("card", Card)):
-                facts[name] = kind(**facts[name]) if facts[name] else None
+        with refusing(f"{cls.WHAT}: {path} cannot be read"):
             facts["prompting"] = _stored_prompting(facts["prompting"])
             stored = load(content)
             if other := {str(tensor.dtype) for tensor in stored.values() if tensor.dtype != cls.DTYPE}:
@@ -226,7 +218,7 @@ def read_artefact(
     what: str, path: Path, kind: Any = ArtefactFacts, force: bool = False
 ) -> tuple[dict[str, Any], bytes]:
     """Facts and tensors of an artefact, once the digests of both are found to be right; see ``Artefact.load``."""
-    with readable(what, path):
+    with refusing(f"{what}: {path} cannot be read"):
         content = read_bytes(path, what)
         facts: dict[str, Any] = {**read_json(path.with_suffix(".json"), kind)}
         digests = facts.pop("digest")
@@ -237,6 +229,8 @@ def read_artefact(
         for part, found in (("tensors", hashlib.sha256(content).hexdigest()), ("facts", facts_digest(facts))):
             if digests[part] != found:
                 raise ValueError(f"the digest of its {part} differs: one of its two files was changed")
+        for name, kind in (("binding", Binding | None), ("card", Card | None)):
+            facts[name] = validated(facts[name], kind, f"{path.with_suffix('.json')}: {name}")
     return facts, content
 
 
@@ -275,14 +269,3 @@ def _stored_prompting(facts: Mapping[str, Any]) -> Prompting:
 
 def _unknown_reply(prompt: str) -> tuple[str, str]:
     raise InputError("reply: replies were begun where this was fitted; give the beginning of this one (reply, --reply)")
-
-
-@contextmanager
-def readable(what: str, path: Path) -> Iterator[None]:
-    """Raise one InputError for every error that a missing or damaged file causes."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # safetensors raises its own kinds for a broken file
-        raise InputError(f"{what}: {path} cannot be read ({str(error).splitlines()[0]})") from error

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +16,7 @@ from mnemoscope.models.layout import Layout, core_of, use_layout
 from mnemoscope.models.packaged import check_named, unpacked
 from mnemoscope.models.room import free_bytes
 from mnemoscope.models.trainable import check_peft
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, refusing
 from mnemoscope.runs.processes import beside
 from mnemoscope.runs.schemas import GenerationFacts
 from mnemoscope.runs.strict import checked
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from mnemoscope.config import LayoutConfig
 
 SHOWN = 3  # names of weights in an error
+UNOPENED = "cannot be opened as a causal language model"
 LARGER = 2  # times as many weights as are saved; head and embedding may be one tensor
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 INDEX = "model.safetensors.index.json"  # of weights in several files
@@ -66,7 +66,7 @@ def load_model(
     check_named(source)
     folder = unpacked(source)
     _check_own(Path(folder))
-    with _refusing(source):
+    with refusing(f"model: {source} {UNOPENED}"):
         adapted = _adapted(folder, source)
         check_named(adapted)
         _check_causal(adapted, source)
@@ -114,18 +114,6 @@ def _keep_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, s
         logging.getLogger("mnemoscope").warning("model: %s asks for %s; left out", source, ", ".join(others))
 
 
-@contextmanager
-def _refusing(source: str | Path) -> Iterator[None]:
-    """Whatever the library raises for a broken folder, as one line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # it raises many kinds
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"model: {source} cannot be opened as a causal language model ({reason[0]})") from error
-
-
 def context_length(model: PreTrainedModel) -> int:
     """Maximum number of tokens that a model can read."""
     return int(getattr(core_of(model).config.get_text_config(), "max_position_embeddings", 2**31))
@@ -136,7 +124,7 @@ def layers_of(source: str | Path) -> int:
     from transformers import AutoConfig
 
     check_named(source)
-    with _refusing(source):
+    with refusing(f"model: {source} {UNOPENED}"):
         config = AutoConfig.from_pretrained(_adapted(unpacked(source), source), trust_remote_code=False)
         return int(config.get_text_config().num_hidden_layers)
 
@@ -215,7 +203,7 @@ def shapes_of(folder: str | Path) -> dict[str, list[int]]:
 
     found: dict[str, list[int]] = {}
     for path in _files_of_weights(folder):
-        with _refusing(folder), safe_open(path, "pt") as file:
+        with refusing(f"model: {folder} {UNOPENED}"), safe_open(path, "pt") as file:
             found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     return found
 

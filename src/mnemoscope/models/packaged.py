@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from mnemoscope.runs.errors import InputError, meant
+from mnemoscope.runs.errors import InputError, first_line, meant
 
 QUANTIZED = "Q4-dequantized"  # shown with every number of a packaged model
 CONFIGURED = ("config.json", "adapter_config.json")  # one of them is in every folder of a model
@@ -80,7 +80,7 @@ def _missing_on_hub(name: str) -> str:
     try:
         model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # the hub's client has many kinds, and those of its HTTP library
-        return f"the hub does not show it ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
+        return f"the hub does not show it ({first_line(error)})"
     return ""
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 from pyarrow import parquet
 
 from mnemoscope.runs.digests import check_closed, intact, is_there
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, refusing
 from mnemoscope.runs.schemas import CellFacts, ManifestFacts, ProbeFacts, StudyFacts, TimeFacts, WhyFacts, read_chosen
 from mnemoscope.runs.strict import bounded_table, checked, read_json, read_text
 from mnemoscope.runs.yaml import MOST_YAML, parse_yaml
@@ -146,13 +146,8 @@ def read_cell(folder: Path) -> Cell:
 def read_intact(path: Path, reader: Callable[[Path], Any]) -> Any:
     """What ``reader`` makes of a file that is as its stage wrote it; what goes wrong is one line with its name."""
     intact(path)
-    try:
+    with refusing(f"{path}: cannot be read"):
         return reader(path)
-    except InputError:
-        raise
-    except Exception as error:  # each reader has its own family of errors
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: cannot be read ({reason[:300]})") from error
 
 
 def _json(path: Path, kind: Any, optional: bool = False) -> Any:

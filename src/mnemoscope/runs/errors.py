@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 STOPPED = "stopped; run the same command again to go on"  # what Ctrl-C is told
@@ -14,6 +15,22 @@ class InputError(ValueError):
 
 class StudyError(RuntimeError):
     """A study that cannot go on; the message says why and what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """Why something failed: the first line of an error's text, else its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Raise one InputError, ``what`` and the reason, for all that libraries raise inside; they have many kinds."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what} ({first_line(error)})") from error
 
 
 def meant(given: str, known: Iterable[str]) -> str:

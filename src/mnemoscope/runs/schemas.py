@@ -26,15 +26,6 @@ class StudyFacts(TypedDict):  # what a report reads of `study.yaml`, which `conf
     cells: dict[str, Any]
 
 
-class BindingFacts(TypedDict):  # fingerprint of a model
-    model_type: str
-    weights: str
-    tokenizer: str
-    dtype: NotRequired[str]
-    rounded: NotRequired[str]
-    half: NotRequired[str]
-
-
 class CellFacts(TypedDict):  # `cell.json`
     task: str
     label: str
@@ -45,7 +36,7 @@ class CellFacts(TypedDict):  # `cell.json`
     analysed: NotRequired[bool]
     weights: NotRequired[str | None]
     attempt: NotRequired[int]
-    binding: NotRequired[BindingFacts | None]
+    binding: NotRequired[dict[str, str] | None]
 
 
 class SettingFacts(TypedDict):  # a setting that was chosen
@@ -62,9 +53,7 @@ class SettingFacts(TypedDict):  # a setting that was chosen
     begin_alike: NotRequired[Number]
 
 
-class ChosenOf(
-    TypedDict
-):  # what was chosen for one aim: the best method of each direction, and the settings of each method.
+class ChosenOf(TypedDict):  # for one aim: the best method of each direction, and the settings of each method
     best: Annotated[dict[Direction, str], Field(min_length=2)]
     methods: dict[str, Annotated[dict[Direction, SettingFacts], Field(min_length=2)]]
 
@@ -116,9 +105,7 @@ class TimeFacts(TypedDict):  # `records/training_time.json`
     steps: int
 
 
-class MarkerFacts(
-    TypedDict
-):  # `stages/NAME.json`: what a finished stage depended on, and its files with their SHA-256.
+class MarkerFacts(TypedDict):  # `stages/NAME.json`: what a stage depended on, and its files with their SHA-256
     files: dict[str, str]
     digest: str
     hash: NotRequired[str]
@@ -149,31 +136,13 @@ class FrameFacts(TypedDict):  # `arena/frame.json`
     by_answers: NotRequired[float | None]
 
 
-class ControlFacts(TypedDict):  # the strongest control of a card
-    name: str
-    estimate: Number
-
-
-class CardFacts(TypedDict):  # the card of an artefact
-    fitted_on: str
-    shift: NotRequired[dict[str, Number] | None]
-    control: NotRequired[ControlFacts | None]
-    cost: NotRequired[dict[str, Number]]
-    divergence: NotRequired[dict[str, Number]]
-    auroc: NotRequired[dict[str, Number] | None]
-    pairs: NotRequired[int]
-    groups: NotRequired[int]
-    versions: NotRequired[dict[str, str]]
-    proven: NotRequired[dict[str, str]]
-
-
 class ArtefactFacts(TypedDict):  # the JSON beside the tensors of a vector or detector
     digest: dict[str, str] | str  # of its tensors and facts; a text: of the tensors alone, by an earlier version
     task: str
     commit: str
-    binding: BindingFacts | None
+    binding: dict[str, str] | None  # fields of a `Binding`
     prompting: dict[str, bool | str | None]
-    card: CardFacts | None
+    card: dict[str, Any] | None  # fields of a `Card`
 
 
 class InterventionFacts(ArtefactFacts):  # the JSON of an intervention of any kind

@@ -15,7 +15,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, first_line
 
 MOST_YAML = 2**20  # characters
 MOST_NODES = 50_000  # of a text, aliases written out: the largest study has a thousand
@@ -41,8 +41,7 @@ def parse_yaml(text: str, where: str) -> Any:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"{where}{line}: not YAML ({error.problem or 'malformed'})") from error
     except Exception as error:  # constructors of damaged values have many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{where}: not YAML that can be read ({reason})") from error
+        raise InputError(f"{where}: not YAML that can be read ({first_line(error)})") from error
 
 
 def dump_yaml(value: Any) -> str:

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mnemoscope.interventions import Card, SteeringVector, read_artefact, readable
+from mnemoscope.interventions import SteeringVector, read_artefact
 from mnemoscope.models import Site, core_of, layout_of, load_model, pass_inputs
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, first_line
 from mnemoscope.runs.files import new_folder, write_atomically
 
 if TYPE_CHECKING:
@@ -237,11 +237,8 @@ def push(path: Path | str, repo_id: str) -> str:
     path = Path(path)
     if not path.exists():
         raise InputError(f"path: {path} does not exist")
-    folder, described, card = path.is_dir(), path.with_suffix(".json"), None
-    if not folder and described.is_file():
-        facts = read_artefact("card", path)[0]["card"]
-        with readable("card", described):
-            card = Card(**facts) if facts else None
+    folder, described = path.is_dir(), path.with_suffix(".json")
+    card = read_artefact("card", path)[0]["card"] if not folder and described.is_file() else None
     with _hub(repo_id):
         HfApi().create_repo(repo_id, private=True, exist_ok=True)
         if card is not None:  # the page that the hub shows
@@ -277,6 +274,5 @@ def _hub(repo_id: str) -> Iterator[None]:
     except HFValidationError as error:
         raise InputError(f"repo_id: {repo_id!r} is not of the form owner/name") from error
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         login = "of one that is gated or not public ask for access and log in (hf auth login)"
-        raise InputError(f"repo_id: {repo_id} cannot be reached on the hub ({reason}); {login}") from error
+        raise InputError(f"repo_id: {repo_id} cannot be reached on the hub ({first_line(error)}); {login}") from error

@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from threading import Event, Thread
 from typing import Any
 
-from mnemoscope.runs.errors import InputError, StudyError
+from mnemoscope.runs.errors import InputError, StudyError, refusing
 from mnemoscope.runs.processes import KILLED, LostError, Send, call, in_processes, mapped, pool_of, settle
 from mnemoscope.runs.telling import Progress
 from mnemoscope.study.cells import Cell
@@ -244,14 +244,11 @@ def _ray(address: str | None) -> Iterator[Any]:
         raise InputError("executor: 'ray' is not installed: pip install 'mnemoscope[ray]'") from error
     host, _, port = (address or "").rpartition(":")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
+    with refusing(f"address: no Ray cluster answers at {address or 'this machine'}"):
         if host and port.isdigit() and "//" not in host:  # without a listener Ray would try for minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         alone = {} if address else {"include_dashboard": False}
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **alone)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"address: no Ray cluster answers at {address or 'this machine'} ({reason[0]})") from error
     try:
         yield ray
     finally:

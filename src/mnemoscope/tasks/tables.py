@@ -9,7 +9,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, refusing
 from mnemoscope.runs.strict import bounded_table, parse_json, read_bytes, read_text
 
 Row = Mapping[str, Any]
@@ -120,10 +120,8 @@ def _rows_of_data_set(source: str, part: str) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{allowed}; as a data set it needs datasets: pip install datasets")
     from datasets import load_dataset
 
-    try:
+    with refusing(f"{allowed}; as a data set it cannot be read"):
         yield from ((f"row {n}", row) for n, row in enumerate(load_dataset(source, split=part), 1))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{allowed}; as a data set it cannot be read ({str(error).splitlines()[0]})") from error
 
 
 def texts_of(where: str, row: Row, field: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mnemoscope.models import load_model, shapes_of
 from mnemoscope.report.emergence import draw_curve
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, refusing
 from mnemoscope.tasks import named_task
 from mnemoscope.watch.curve import PICTURE, Curve
 from mnemoscope.watch.measuring import Asked, Watcher
@@ -95,7 +95,5 @@ def fetched(name: str) -> str:
         return name
     from huggingface_hub import snapshot_download
 
-    try:
+    with refusing(f"checkpoints: {name} cannot be fetched"):
         return snapshot_download(repository, revision=revision, allow_patterns=WEIGHTS)
-    except Exception as error:  # the hub's client has many kinds, and those of its HTTP library
-        raise InputError(f"checkpoints: {name} cannot be fetched ({str(error).splitlines()[0]})") from error

@@ -11,7 +11,7 @@ import pandas as pd
 
 from mnemoscope.config import StopConfig
 from mnemoscope.runs.digests import intact
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, refusing
 from mnemoscope.runs.files import write_atomically
 from mnemoscope.runs.strict import bounded_table
 from mnemoscope.watch.rule import unmet
@@ -45,12 +45,8 @@ class Curve:
     @classmethod
     def open(cls, path: Path) -> Curve:
         """Read a table; InputError where it is missing or is none."""
-        try:
+        with refusing(f"curve: {path} cannot be read"):
             table = pd.read_parquet(bounded_table(path))
-        except InputError:
-            raise
-        except Exception as error:  # pyarrow has many kinds
-            raise InputError(f"curve: {path} cannot be read ({str(error).splitlines()[0]})") from error
         if not {"step", "conflict_memorized"} <= set(table) or table.empty:
             there = ", ".join(map(str, table.columns)) if len(table) else "no row"
             raise InputError(f"curve: {path} is no table of measurements; it has {there}")

@@ -24,12 +24,12 @@ from mnemoscope.behaviour import (
 from mnemoscope.bench.answers import NOTHING, answered, scores
 from mnemoscope.bench.prompts import Prompts, bare_of
 from mnemoscope.config import load_study
-from mnemoscope.interventions import Binding, Intervention, Toward, readable
+from mnemoscope.interventions import Binding, Intervention, Toward
 from mnemoscope.interventions.detect import Detector
 from mnemoscope.interventions.sources import in_turn, with_prefixes
 from mnemoscope.models import blocks_of
 from mnemoscope.runs.digests import check_closed, check_stage, intact, is_there
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, refusing
 from mnemoscope.statistics.contrast import Contrast
 from mnemoscope.study.cells import Cell, cells_of
 from mnemoscope.study.stages import Records, cell_model, with_kept_data
@@ -89,7 +89,7 @@ class OpenedCell:
             raise InputError(f"cell: {name!r} is not one of {', '.join(finished) or 'none'}, which have vectors")
         self.cell = cell = _closed(cells[name], model)
         _check_stages(cell)
-        with readable("cell", cell.folder):
+        with refusing(f"cell: {cell.folder} cannot be read"):
             self._asking = asking = replace(cell_model(cell), batch_size=16)
             self._records = Records.of(cell)
             contrast = Contrast.load(cell.folder / "contrast.safetensors")

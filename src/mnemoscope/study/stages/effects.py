@@ -27,12 +27,9 @@ from mnemoscope.study.cells import Cell, Tell
 from mnemoscope.study.stages.common import PerProcess, kept_states, read_all, read_best, write_table
 from mnemoscope.study.stages.lists import RecordedBench, judged_lists
 
-CONTRASTS = {
-    Toward.GENERALIZED: (0.5, 1.0),
-    Toward.MEMORIZED: (-0.5, -1.0),
-}  # of cad; -1: no context
+CONTRASTS = {Toward.GENERALIZED: (0.5, 1.0), Toward.MEMORIZED: (-0.5, -1.0)}  # of cad; -1: no context
 Sides = Mapping[str, Prompts]  # by the behaviour that they show
-Part = tuple[str, SteeringVector | None]  # a kind of effect, and of which vector
+Part = tuple[Callable[..., Iterator[pd.DataFrame]], tuple[SteeringVector, ...]]  # an effect, and of which vector
 
 
 def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
@@ -40,13 +37,13 @@ def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
     config = cell.config.effects
     chosen = read_best(cell) if config.methods == "best" else read_all(cell)
     vectors = [one for one in chosen if isinstance(one, SteeringVector) and one.layers]
-    parts: list[Part] = [(what, one) for what in ("doses", "ablations") for one in vectors]
-    parts += [("patches", None)] if config.patched else []
+    parts: list[Part] = [(effect, (one,)) for effect in (_doses, _ablations) for one in vectors]
+    parts += [(_patches, ())] if config.patched else []
     # A fit judges words and decoding as levers.
-    parts += [] if cell.config.steering.screened else [("asked", None), ("contrasts", None)]
+    parts += [] if cell.config.steering.screened else [(_asked, ()), (_contrasts, ())]
     rows: list[pd.DataFrame] = []
     for done, tables in enumerate(cell.map(_Effects(cell), parts)):
-        tell(done, len(parts), parts[done][0])
+        tell(done, len(parts), parts[done][0].__name__.strip("_"))
         rows += tables
     return [write_table(cell.records / "effects.parquet", pd.concat(rows, ignore_index=True))]
 
@@ -56,15 +53,8 @@ class _Effects(PerProcess):
 
     def __call__(self, part: Part) -> list[pd.DataFrame]:
         """Tables of a kind of effect, of a vector where it is one's."""
-        (what, one), bench, sides = part, self.bench, self.sides
-        found: dict[str, Callable[[], Iterator[pd.DataFrame]]] = {
-            "doses": lambda: _doses(bench, sides, one),  # type: ignore[arg-type]
-            "ablations": lambda: _ablations(bench, sides, one),  # type: ignore[arg-type]
-            "patches": lambda: _patches(bench, sides),
-            "asked": lambda: _asked(bench, self.aimed),
-            "contrasts": lambda: _contrasts(bench, self.aimed),
-        }
-        return list(found[what]())
+        effect, of = part
+        return list(effect(self.bench, self.aimed if effect in (_asked, _contrasts) else self.sides, *of))
 
     @cached_property
     def bench(self) -> RecordedBench:
@@ -189,7 +179,6 @@ def _contrasts(bench: RecordedBench, sides: Sides) -> Iterator[pd.DataFrame]:
         if None in prompts.bares:
             return
         for weight in weights:
-            found = scores(
-                Decoding(toward=Toward.GENERALIZED, method="cad", setting={"weight": weight}), prompts, margins=True
-            )
+            one = Decoding(toward=Toward.GENERALIZED, method="cad", setting={"weight": weight})
+            found = scores(one, prompts, margins=True)
             yield _table(bench, sides, toward.opposite, found, what="contrast", direction=toward.direction, dose=weight)

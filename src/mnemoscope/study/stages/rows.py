@@ -21,21 +21,11 @@ Row = dict[str, Any]
 def columns_of(one: Intervention, bench: RecordedBench) -> Row:
     """A chosen setting as ``chosen.json`` has it."""
     if not isinstance(one, SteeringVector):
-        return {
-            "site": "block",
-            "layers": [],
-            "positions": "all",
-            "top": 1.0,
-            "strength": 1.0,
-            "alpha": np.nan,
-            "shared": np.nan,
-        }
+        where: Row = {"site": "block", "layers": [], "positions": "all"}
+        return where | {"top": 1.0, "strength": 1.0, "alpha": np.nan, "shared": np.nan}
     facts: Row = {name: getattr(one, name) for name in ("site", "positions", "top", "strength")}
-    shape_LD = bench.sources(one.site).shape_LD
-    facts |= {
-        "alpha": alpha(bench, one) if one.method == "nmd" else np.nan,
-        "shared": shared_neurons(one.dense(*shape_LD)),
-    }
+    facts |= {"alpha": alpha(bench, one) if one.method == "nmd" else np.nan}
+    facts |= {"shared": shared_neurons(one.dense(*bench.sources(one.site).shape_LD))}
     return facts | {"layers": list(one.setting.get("layers", one.layers))}
 
 
