@@ -102,12 +102,7 @@ def fit(
 
 @app.command()
 @given.taking("force")
-def check(
-    how: given.How,
-    model: given.Model,
-    task: given.Task,
-    option: given.TaskOptions = None,
-) -> None:
+def check(how: given.How, model: given.Model, task: given.Task, option: given.TaskOptions = None) -> None:
     """See what a model does with your data before a fit: answers, pairs, what is known, time, what to add."""
     from mnemoscope.tasks import named_task
 

@@ -77,12 +77,7 @@ def told(error: BaseException) -> tuple[str | None, int]:
     return None, 1
 
 
-app = typer.Typer(
-    cls=_Commands,
-    name="mnemoscope",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(cls=_Commands, name="mnemoscope", no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _version(asked: bool) -> None:

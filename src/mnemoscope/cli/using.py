@@ -70,12 +70,7 @@ def steer(
 
 @app.command()
 @given.taking()
-def detect(
-    how: given.How,
-    model: given.Model,
-    prompts: given.Prompts,
-    source: given.Source,
-) -> None:
+def detect(how: given.How, model: given.Model, prompts: given.Prompts, source: given.Source) -> None:
     """Estimate, before it answers, how probably a model will follow its memory, and where that becomes readable."""
     import numpy as np
 

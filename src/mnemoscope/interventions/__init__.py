@@ -5,14 +5,7 @@ from typing import TYPE_CHECKING
 from mnemoscope.runs.lazily import handed_on
 
 if TYPE_CHECKING:
-    from mnemoscope.interventions.artefact import (
-        Artefact,
-        Binding,
-        Card,
-        best_paths,
-        chosen_paths,
-        read_artefact,
-    )
+    from mnemoscope.interventions.artefact import Artefact, Binding, Card, best_paths, chosen_paths, read_artefact
     from mnemoscope.interventions.contract import Contrast, Intervention, load_intervention
     from mnemoscope.interventions.edits import Edit, Held, LowRank, Scale, Shift
     from mnemoscope.interventions.hooks import Gate, Positions, edited

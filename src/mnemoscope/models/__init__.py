@@ -25,14 +25,7 @@ if TYPE_CHECKING:
         width_of,
         with_states,
     )
-    from mnemoscope.models.opening import (
-        context_length,
-        end_ids,
-        layers_of,
-        load_model,
-        models_that_fit,
-        shapes_of,
-    )
+    from mnemoscope.models.opening import context_length, end_ids, layers_of, load_model, models_that_fit, shapes_of
     from mnemoscope.models.packaged import PACKAGED, QUANTIZED, check_named
     from mnemoscope.models.passes import (
         PLAINLY,

@@ -124,7 +124,7 @@ def _parsed(where: str, row: Row) -> dict[str, Any]:
 def _check_agrees(where: str, example: Example, has_split: bool, first: dict[tuple[str, str], tuple[str, Any]]) -> None:
     """Raises InputError where a line contradicts one before it; ``first`` has what the first line of each name said."""
     said: list[tuple[str, str, Any, str]] = [
-        ("prompt", example.prompt, f"group {example.group!r}", "what is asked twice belongs to one group"),
+        ("prompt", example.prompt, f"group {example.group!r}", "what is asked twice belongs to one group")
     ]
     if has_split:
         why = "all examples of a group belong to one split"

@@ -33,11 +33,7 @@ def columns_of(source: str) -> list[str]:
 
 
 def read_rows(
-    source: str,
-    fields: Sequence[str],
-    read: Callable[[str, Row], Made],
-    part: str = "train",
-    option: str = "file",
+    source: str, fields: Sequence[str], read: Callable[[str, Row], Made], part: str = "train", option: str = "file"
 ) -> list[Made]:
     """What ``read`` makes of the rows of a file or data set.
 

@@ -19,12 +19,7 @@ WEIGHTS = ["*.safetensors", "*.json", "*.txt", "*.model"]  # what of a repositor
 
 
 def measure_checkpoints(
-    checkpoints: Sequence[str],
-    task: Any,
-    options: Mapping[str, Any],
-    out: Path,
-    opening: Mapping[str, Any],
-    **how: Any,
+    checkpoints: Sequence[str], task: Any, options: Mapping[str, Any], out: Path, opening: Mapping[str, Any], **how: Any
 ) -> Iterator[dict[str, Any]]:
     """Ask each checkpoint, in the order of their steps; yields rows, and writes the table and the picture after each.
 

@@ -11,14 +11,7 @@ import numpy as np
 
 from mnemoscope.behaviour import Asking, Batch, cache_prefixes, kept_bytes, prepare, score
 from mnemoscope.bench.answers import steered
-from mnemoscope.interventions import (
-    Binding,
-    Intervention,
-    SteeringVector,
-    Toward,
-    chosen_paths,
-    load_intervention,
-)
+from mnemoscope.interventions import Binding, Intervention, SteeringVector, Toward, chosen_paths, load_intervention
 from mnemoscope.interventions.shifts import top_neurons
 from mnemoscope.report import draw_neuron
 from mnemoscope.runs.digests import intact

@@ -12,17 +12,7 @@ from mnemoscope.report.drawing import DASHED, INK, OTHER, TONE, Dot, Line, Panel
 from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, View, marked, not_measured
 from mnemoscope.report.records import Cell
 from mnemoscope.report.rows import Part
-from mnemoscope.report.words import (
-    AIMS,
-    KEPT,
-    LISTS,
-    Direction,
-    changes,
-    counted,
-    for_aim,
-    points,
-    points_interval,
-)
+from mnemoscope.report.words import AIMS, KEPT, LISTS, Direction, changes, counted, for_aim, points, points_interval
 from mnemoscope.runs.toward import Toward
 from mnemoscope.statistics import Estimate, mean, proportion
 

@@ -15,18 +15,7 @@ from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, Vie
 from mnemoscope.report.rows import Part
 from mnemoscope.report.stories.steer import other_ways
 from mnemoscope.report.summary import NAMES, VECTORS, of_direction
-from mnemoscope.report.words import (
-    AIMS,
-    CONTROLS,
-    LISTS,
-    NBSP,
-    Aim,
-    Direction,
-    changes,
-    for_aim,
-    percent,
-    ranged,
-)
+from mnemoscope.report.words import AIMS, CONTROLS, LISTS, NBSP, Aim, Direction, changes, for_aim, percent, ranged
 
 MARKERS = dict(zip(CONTROLS, ("o", "v", "s", "^", "P", "*", "D"), strict=True))
 PAPERS = "nmd"  # the paper's own method

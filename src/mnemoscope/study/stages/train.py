@@ -17,16 +17,7 @@ import pyarrow as pa
 
 from mnemoscope.behaviour import Asking, PairBatch, draw_candidates, mark_confabulations, mine_pairs, prepare, score
 from mnemoscope.interventions import Binding
-from mnemoscope.models import (
-    PACKAGED,
-    QUANTIZED,
-    adapt,
-    blocks_of,
-    build_gpt2,
-    is_adapted,
-    width_of,
-    word_tokenizer,
-)
+from mnemoscope.models import PACKAGED, QUANTIZED, adapt, blocks_of, build_gpt2, is_adapted, width_of, word_tokenizer
 from mnemoscope.runs.errors import InputError, StudyError
 from mnemoscope.runs.files import new_folder, write_atomically
 from mnemoscope.statistics.contrast import ContrastAccumulator
