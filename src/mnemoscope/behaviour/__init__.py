@@ -25,7 +25,6 @@ if TYPE_CHECKING:
         log_probabilities,
         mark_confabulations,
         mine_pairs,
-        next_logits,
         only_log_probability,
         score,
         score_read,

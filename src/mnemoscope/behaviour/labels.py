@@ -156,11 +156,6 @@ def log_probabilities(asking: Asking, batch: Batch) -> Tensor:
     return by_option(batch, _log_p(batch, contexts.logits_NV, answers), torch.nan)
 
 
-def next_logits(asking: Asking, batch: Batch) -> Tensor:
-    """Logits of the token behind each context, float32 (N, V), through which gradients flow back."""
-    return read_contexts(asking.model, batch).logits_NV
-
-
 def only_log_probability(asking: Asking, batch: Batch) -> Tensor:
     """Log probability of each example's only option in nats, float32 (N,), through which gradients flow back.
 

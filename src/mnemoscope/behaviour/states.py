@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,13 +26,13 @@ from mnemoscope.models import (
     backbone_of,
     blocks_of,
     check_hookable,
+    check_ran,
     pass_inputs,
     rows_of,
     site_module,
     states_of,
     with_last_logits,
 )
-from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.files import write_atomically
 from mnemoscope.tasks import Example
 
@@ -82,14 +82,8 @@ def capturing(
     """
     check_hookable(model)
     wanted = list(range(len(blocks_of(model))) if layers is None else layers)
-    states, handles, rows = [torch.empty(0)] * len(wanted), [], 0
+    states, rows = [torch.empty(0)] * len(wanted), 0
     left = 0  # layers that this pass has not reached yet
-
-    def ends(module: torch.nn.Module, args: Any, output: Any) -> None:
-        if left > 0:
-            raise InputError(f"model: {left} of {len(wanted)} captured layers did not run in this pass")
-        if left < 0:
-            raise InputError(f"model: {len(wanted)} captured layers ran {len(wanted) - left} times in this pass")
 
     def see(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         nonlocal rows, left
@@ -105,19 +99,16 @@ def capturing(
         if stop and place == len(wanted) - 1:
             raise _ReadEnoughError
 
-    try:
-        handles.append(backbone_of(model).register_forward_pre_hook(see, with_kwargs=True))
-        handles.append(backbone_of(model).register_forward_hook(ends))
+    with suppress(_ReadEnoughError), ExitStack() as stack:
+        backbone = backbone_of(model)
+        stack.callback(backbone.register_forward_pre_hook(see, with_kwargs=True).remove)
+        ends = backbone.register_forward_hook(lambda *_: check_ran(left, len(wanted), "captured"))
+        stack.callback(ends.remove)
         for place, layer in enumerate(wanted):
             module, is_input = site_module(model, layer, site)
             register = module.register_forward_pre_hook if is_input else module.register_forward_hook
-            handles.append(register(partial(read, place)))
+            stack.callback(register(partial(read, place)).remove)
         yield states
-    except _ReadEnoughError:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from mnemoscope.models import (
     backbone_of,
     cached_columns,
     check_hookable,
+    check_ran,
     core_of,
     has_known_rows,
     prompts_of_rows,
@@ -262,10 +263,7 @@ class _PositionTracker:
 
     def ends(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the base model: refuses a pass that left out an edited layer, or ran one again."""
-        if self.left > 0:
-            raise InputError(f"model: {self.left} of {self.edits} steered layers did not run in this pass")
-        if self.left < 0:
-            raise InputError(f"model: {self.edits} steered layers ran {self.edits - self.left} times in this pass")
+        check_ran(self.left, self.edits, "steered")
 
     def read(self, module: nn.Module, inputs: Any, output: Any = None) -> None:
         """Hook of the gate's site: decides in passes that hold the decision position."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         backbone_of,
         blocks_of,
         check_hookable,
+        check_ran,
         core_of,
         heads_of,
         layout_of,

@@ -176,6 +176,14 @@ def heads_of(model: nn.Module, layer: int) -> tuple[int, int]:
     return heads, width
 
 
+def check_ran(left: int, total: int, what: str) -> None:
+    """Raises InputError where of ``total`` hooked layers some are ``left`` behind a pass, or ran again."""
+    if left > 0:
+        raise InputError(f"model: {left} of {total} {what} layers did not run in this pass")
+    if left < 0:
+        raise InputError(f"model: {total} {what} layers ran {total - left} times in this pass")
+
+
 def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Batch size of a pass through the backbone."""
     ids = args[0] if args else kwargs.get("input_ids")

@@ -51,12 +51,13 @@ def each_once(values: list[list[Any]]) -> list[Any]:
     return sorted(set(chain(*values)))
 
 
-def _mean(values: list[float]) -> float:
+def mean_of_known(values: list[float]) -> float:
+    """The mean of what is not NaN; NaN without any."""
     known = [value for value in values if not math.isnan(value)]
     return float(np.mean(known)) if known else math.nan
 
 
-RULES: dict[type, Together] = {Estimate: over_seeds, float: _mean, int: sum, bool: all, str: first_of}
+RULES: dict[type, Together] = {Estimate: over_seeds, float: mean_of_known, int: sum, bool: all, str: first_of}
 RULES |= {list: each_once, dict: first_of}
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import Batch, first_and_rest, next_logits, prepare, without_prefix
+from mnemoscope.behaviour import Batch, first_and_rest, prepare, without_prefix
+from mnemoscope.behaviour.reading import read_contexts
 from mnemoscope.interventions.contract import Bench, Intervention, Toward
 from mnemoscope.interventions.edits import LowRank
 from mnemoscope.interventions.hooks import edited
@@ -124,7 +125,8 @@ def _own_answers(lists: FitLists, pairs: Sequence[Example], conflicts: Sequence[
     bare = list({example.prompt: example for example in (*pairs, *conflicts)}.values())
     own: dict[str, Tensor] = {}
     for batch in prepare(lists.asking, bare):
-        rows_NV = _next_log_p(lists, batch).half()  # of a large vocabulary they take room
+        with torch.no_grad():
+            rows_NV = _next_log_p(lists, batch).half()  # of a large vocabulary they take room
         own |= {bare[i].prompt: row_V for i, row_V in zip(batch.examples_N, rows_NV, strict=True)}
 
     def answer(batch: Batch, asked: Sequence[Example], edits: Edits) -> Tensor:
@@ -139,20 +141,20 @@ def _own_answers(lists: FitLists, pairs: Sequence[Example], conflicts: Sequence[
 
 def _unsteered(lists: FitLists, batch: Batch, weight: float) -> Lesson:
     """To answer as the model does unsteered."""
-    before_NV = _next_log_p(lists, batch).half()
+    with torch.no_grad():
+        before_NV = _next_log_p(lists, batch).half()
 
     def lesson(edits: Edits) -> Tensor:
         with edited(lists.asking.model, edits, "block", "all"):
-            found_NV = next_logits(lists.asking, without_prefix(batch)).log_softmax(-1)
+            found_NV = _next_log_p(lists, batch)
         return weight * _divergence(before_NV.float(), found_NV)
 
     return lesson
 
 
-@torch.no_grad()
 def _next_log_p(lists: FitLists, batch: Batch) -> Tensor:
-    """Log probabilities of the token behind each context, float32 (N, V)."""
-    return next_logits(lists.asking, without_prefix(batch)).log_softmax(-1)
+    """Log probabilities of the token behind each context, float32 (N, V), through which gradients flow back."""
+    return read_contexts(lists.asking.model, without_prefix(batch)).logits_NV.log_softmax(-1)
 
 
 def _divergence(target_NV: Tensor, found_NV: Tensor) -> Tensor:

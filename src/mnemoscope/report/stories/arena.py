@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from mnemoscope.report.records import read_intact
-from mnemoscope.report.rows import Part, parts_of
+from mnemoscope.report.rows import Part, mean_of_known, parts_of
 from mnemoscope.runs.digests import check_closed, digests_of
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.schemas import FrameFacts
@@ -152,13 +152,13 @@ def _measure(records: ArenaRecords, name: str, toward: Toward) -> dict[str, Any]
     right, gated = _mixed(records, name, toward)
     return {
         **found,
-        "lost": _mean_of([1 - found[kept].estimate for kept in KEPT]),
+        "lost": mean_of_known([1 - found[kept].estimate for kept in KEPT]),
         "varied": {one: records.share(name, toward, one, toward) for one in varied},
         "mix": right,
         "gated": gated,
         "exact": proportion(texts[f"exact_{toward}"].to_numpy(float), records.groups("conflict")[: len(texts)]),
-        **{column: _mean_of(texts[column].tolist()) for column in ("nats", "repeated", "seconds")},
-        "divergence": {key: _mean_of(neutral[f"kl_{key}"].tolist()) for key in ("first", "next")},
+        **{column: mean_of_known(texts[column].tolist()) for column in ("nats", "repeated", "seconds")},
+        "divergence": {key: mean_of_known(neutral[f"kl_{key}"].tolist()) for key in ("first", "next")},
     }
 
 
@@ -240,8 +240,3 @@ def _tests(hits: Hits, groups: np.ndarray, baselines: Sequence[str | None]) -> d
         for baseline, test in tests.items():
             test["p_holm"] = corrected[frozenset((name, baseline))]
     return found
-
-
-def _mean_of(values: list[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return float(np.mean(known)) if known else math.nan

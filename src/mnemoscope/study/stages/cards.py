@@ -37,10 +37,10 @@ def cards_stage(cell: Cell, tell: Tell) -> list[Path]:
         (path, vector, _of_vector(cell, vector, tables["steering"], tables.get("neutral")))
         for path, vector in vectors.items()
     ]
-    for name, score in (("detector", "p_memorized"), ("detector_below", "below")):
+    for name, score in (("detector", "p_memorized"), ("detector_below", "p_memorized_below")):
         path = cell.folder / f"{name}.safetensors"
         if path.exists() and "detection" in tables:
-            found.append((path, Detector.load(path), _of_detector(cell, tables["detection"], score)))
+            found.append((path, Detector.load(path), _of_detector(tables["detection"], score)))
     written = []
     for path, artefact, facts in found:
         proven = artefact.card.proven if artefact.card else {}
@@ -80,12 +80,8 @@ def _where(table: pd.DataFrame, **values: str) -> pd.DataFrame:
     return table[(table[list(values)] == pd.Series(values)).all(axis=1)]
 
 
-def _of_detector(cell: Cell, detection: pd.DataFrame, score: str) -> dict[str, Any]:
+def _of_detector(detection: pd.DataFrame, score: str) -> dict[str, Any]:
     test = detection[detection["followed"].isin(("memorized", "generalized")) & (detection["examples"] == "conflict")]
-    truth = test["followed"] == "memorized"
-
-    def area(name: str) -> dict[str, float | int]:
-        column = "p_memorized_below" if name == "below" else name
-        return asdict(auroc(test[column], truth, test["group"].to_numpy()))
-
-    return {"auroc": area(score) | {"input_only": area("input_only")["estimate"]}}
+    truth, groups = test["followed"] == "memorized", test["group"].to_numpy()
+    mine, beside = (auroc(test[column], truth, groups) for column in (score, "input_only"))
+    return {"auroc": asdict(mine) | {"input_only": beside.estimate}}
