@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from mnemoscope.behaviour import continued
 from mnemoscope.models import word_tokenizer
 
 WORDS = [f"w{i}" for i in range(61)]
@@ -59,3 +60,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def prompts() -> list[str]:
     """Prompts of different lengths."""
     return [" ".join(WORDS[(7 * row + 3 * i) % 61] for i in range(n)) for row, n in enumerate((5, 9, 2, 12))]
+
+
+def complete(model: PreTrainedModel, words: PreTrainedTokenizerFast, inputs: Any, tokens: int) -> list[str]:
+    ids_NT, _, width = continued(model, words, inputs, tokens)
+    return words.batch_decode(ids_NT[:, width:], skip_special_tokens=True)

@@ -16,8 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from families import FAMILIES, prompts, tiny, tokenizer
-from mnemoscope.behaviour import complete
+from families import FAMILIES, complete, prompts, tiny, tokenizer
 from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import Site, layout_of, load_model, pass_inputs, use_layout
 from mnemoscope.runs.errors import InputError

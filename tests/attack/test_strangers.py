@@ -18,8 +18,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from families import tiny, tokenizer
-from mnemoscope.behaviour import Asking, complete
+from families import complete, tiny, tokenizer
+from mnemoscope.behaviour import Asking
 from mnemoscope.models import load_model
 from mnemoscope.runs import strict
 from mnemoscope.runs.errors import InputError

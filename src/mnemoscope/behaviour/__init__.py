@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         with_suffixes,
         without_prefix,
     )
-    from mnemoscope.behaviour.generate import Applied, complete, continued, cost_of, decode, phrase_of, written
+    from mnemoscope.behaviour.generate import Applied, continued, cost_of, decode, phrase_of, written
     from mnemoscope.behaviour.labels import (
         PairBatch,
         Scores,

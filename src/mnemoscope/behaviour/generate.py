@@ -52,14 +52,6 @@ def phrase_of(text: str) -> str:
     return text[: begins + end.start()] if end else text
 
 
-def complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, inputs: Any, max_new_tokens: int = 20
-) -> list[str]:
-    """Generate a continuation of each prompt; see ``continued``."""
-    ids_NT, _, width = continued(model, tokenizer, inputs, max_new_tokens)
-    return tokenizer.batch_decode(ids_NT[:, width:], skip_special_tokens=True)
-
-
 @torch.no_grad()
 def continued(
     model: PreTrainedModel,

@@ -11,6 +11,7 @@ import typer
 
 from mnemoscope.cli.given import How
 from mnemoscope.cli.shared import open_model, say, weights_note
+from mnemoscope.runs.digests import in_cells, intact
 from mnemoscope.runs.errors import InputError
 
 PLAIN = "note: unsteered answers differ already: does the server have this model, in this precision (--dtype)?"
@@ -61,14 +62,9 @@ def prove_server(
     return well
 
 
-def _in_cells(source: Path, name: str) -> list[Path]:
-    """What has a name in a cell, or in the cells of a run."""
-    return [path for place in (name, f"cells/*/{name}") for path in sorted(source.glob(place))]
-
-
 def _model_of(source: Path) -> str:
     """The folder of the model that a run, or a cell of one, has trained; InputError where it is another's."""
-    found = _in_cells(source, "model")
+    found = in_cells(source, "model")
     if len(found) != 1:
         what = "holds no model" if not found else "holds several"
         raise InputError(f"model: {source} {what}; name the one that the server has: --model MODEL")
@@ -80,12 +76,11 @@ def _prompts_of(source: Path) -> list[str]:
     import pandas as pd
 
     from mnemoscope.doctor import PROMPTS
-    from mnemoscope.runs.digests import intact
     from mnemoscope.runs.strict import bounded_table, read_bytes
     from mnemoscope.serving.proof import MOST_PROMPTS
 
     for name, column in (("detection", "prompt"), ("pairs", "prompt_a")):
-        paths = _in_cells(source, f"records/{name}.parquet")
+        paths = in_cells(source, f"records/{name}.parquet")
         if len(paths) == 1:
             table = bounded_table(intact(paths[0]), read_bytes(paths[0]))
             texts = pd.read_parquet(table, columns=[column])[column].unique().tolist()

@@ -19,7 +19,7 @@ from mnemoscope.interventions.contract import Intervention, Toward
 from mnemoscope.interventions.edits import Edit, LowRank, Shift, as_edits, kinds, summed
 from mnemoscope.interventions.hooks import Gate, Positions, edited, factors_of
 from mnemoscope.models import EVERY_SITE, Site, blocks_of, site_width
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, check_one_of
 from mnemoscope.runs.schemas import VectorFacts
 
 if TYPE_CHECKING:
@@ -60,10 +60,8 @@ class SteeringVector(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        allowed: dict[str, tuple[str, ...]] = {"site": EVERY_SITE, "positions": ("decision", "all")}
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise InputError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(values)}")
+        check_one_of("site", self.site, EVERY_SITE)
+        check_one_of("positions", self.positions, ("decision", "all"))
         found: dict[int, tuple[Edit, ...]] = {}
         for layer, given in sorted(self.edits.items()):
             for edit in (edits := as_edits(given)):

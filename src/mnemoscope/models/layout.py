@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, check_one_of
 
 if TYPE_CHECKING:
     from mnemoscope.config import LayoutConfig
@@ -147,8 +147,7 @@ def site_module(model: nn.Module, layer: int, site: Site) -> tuple[nn.Module, bo
     layout, blocks = layout_of(model), blocks_of(model)
     if not -len(blocks) <= layer < len(blocks):
         raise InputError(f"layer: {layer} is not in {-len(blocks)} .. {len(blocks) - 1}")
-    if site not in EVERY_SITE:
-        raise InputError(f"site: {site!r} is not one of {', '.join(EVERY_SITE)}")
+    check_one_of("site", site, EVERY_SITE)
     paths = {"attention": [layout.attention], "mlp": [layout.mlp], "neuron": [layout.down], "head": _HEADS}
     parts = [blocks[layer]] if site == "block" else [_part(blocks[layer], path) for path in paths[site]]
     module = next((part for part in parts if part is not None), None)

@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from mnemoscope.runs.digests import check_closed, intact, is_there
 from mnemoscope.runs.errors import InputError, refusing
-from mnemoscope.runs.schemas import CellFacts, ManifestFacts, ProbeFacts, StudyFacts, TimeFacts, WhyFacts, read_chosen
+from mnemoscope.runs.schemas import CellFacts, ManifestFacts, ProbeFacts, StudyFacts, WhyFacts, read_chosen
 from mnemoscope.runs.strict import bounded_table, checked, read_json, read_text
 from mnemoscope.runs.yaml import MOST_YAML, parse_yaml
 from mnemoscope.statistics.contrast import Contrast
@@ -135,7 +135,7 @@ def read_cell(folder: Path) -> Cell:
         label=info["label"],
         seed=info["seed"],
         info=info,
-        training_time=_json(records / "training_time.json", TimeFacts) if info["trained"] else {},
+        training_time=_json(records / "training_time.json", dict[str, float]) if info["trained"] else {},
         chosen=chosen,
         contrast=read_intact(folder / "contrast.safetensors", Contrast.load),
         no_detector=_json(records / "no_detector.json", WhyFacts, optional=True).get("why", ""),

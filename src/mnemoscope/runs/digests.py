@@ -153,12 +153,16 @@ def inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def in_cells(source: Path, name: str) -> list[Path]:
+    """What has a name in a cell, or in the cells of a run."""
+    return [path for place in (name, f"cells/*/{name}") for path in sorted(source.glob(place))]
+
+
 def chosen_cells(source: Path) -> list[Path]:
     """The cells of a run that have chosen vectors, or the cell itself; InputError without any."""
     if not source.exists():
         raise InputError(f"from: {source} does not exist")
-    places = ("records/chosen.json", "cells/*/records/chosen.json")
-    cells = [path.parent.parent for place in places for path in sorted(source.glob(place))]
+    cells = [path.parent.parent for path in in_cells(source, "records/chosen.json")]
     if not cells:
         raise InputError(
             f"from: {source} is neither a vector, a detector, nor a run that has chosen vectors; one that was "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
@@ -31,6 +31,12 @@ def refusing(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(f"{what} ({first_line(error)})") from error
+
+
+def check_one_of(field: str, value: object, allowed: Collection[object]) -> None:
+    """Raises InputError where a value is not one of those that are allowed."""
+    if value not in allowed:
+        raise InputError(f"{field}: {value!r} is not one of {', '.join(map(str, allowed)) or 'none'}")
 
 
 def meant(given: str, known: Iterable[str]) -> str:

@@ -100,11 +100,6 @@ class GenerationFacts(TypedDict, total=False):  # what is kept of a model's `gen
     max_length: int
 
 
-class TimeFacts(TypedDict):  # `records/training_time.json`
-    seconds: float
-    steps: int
-
-
 class MarkerFacts(TypedDict):  # `stages/NAME.json`: what a stage depended on, and its files with their SHA-256
     files: dict[str, str]
     digest: str

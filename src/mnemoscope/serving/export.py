@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mnemoscope.interventions import SteeringVector, read_artefact
 from mnemoscope.models import Site, core_of, layout_of, load_model, pass_inputs
-from mnemoscope.runs.errors import InputError, first_line
+from mnemoscope.runs.errors import InputError, check_one_of, first_line
 from mnemoscope.runs.files import new_folder, write_atomically
 
 if TYPE_CHECKING:
@@ -39,8 +39,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 def check_portable(vector: SteeringVector, to: str) -> None:
     """Raises InputError where a vector cannot be exported to ``checkpoint`` or ``gguf``, whatever its model."""
-    if to not in SITES_FOR:
-        raise InputError(f"to: {to!r} is not one of {', '.join(SITES_FOR)}")
+    check_one_of("to", to, SITES_FOR)
     if vector.positions != "all":
         raise InputError(f"positions: {vector.positions!r} cannot be exported, only 'all': a {to} acts on every token")
     if vector.site not in SITES_FOR[to]:

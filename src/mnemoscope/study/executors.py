@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from threading import Event, Thread
 from typing import Any
 
-from mnemoscope.runs.errors import InputError, StudyError, refusing
+from mnemoscope.runs.errors import InputError, StudyError, check_one_of, refusing
 from mnemoscope.runs.processes import KILLED, LostError, Send, call, in_processes, mapped, pool_of, settle
 from mnemoscope.runs.telling import Progress
 from mnemoscope.study.cells import Cell
@@ -47,8 +47,7 @@ def run_cells(
         InputError: the executor is unknown or not installed, the cluster cannot be reached or has no node for a cell,
             or a cell's input cannot be used.
     """
-    if executor not in EXECUTORS:
-        raise InputError(f"executor: {executor!r} is not one of {', '.join(EXECUTORS)}")
+    check_one_of("executor", executor, EXECUTORS)
     if executor == "local" and address:
         raise InputError("address: only the executor 'ray' goes to one")
     submitting: AbstractContextManager[Submit] = nullcontext(partial(_in_this_process, workers, run, progress))

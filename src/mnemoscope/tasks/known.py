@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, check_one_of
 from mnemoscope.runs.yaml import parse_yaml
 from mnemoscope.tasks.base import INSTRUCTIONS, KINDS, Example, Kind, Split, Task, assign_splits
 
@@ -278,13 +278,12 @@ def grouped(
     return {subject: first.setdefault(int(part), subject) for subject, part in zip(subjects, parts, strict=True)}
 
 
-def check_fitted_and_held_out(**names: tuple[Sequence[str], Sequence[str], Iterable[str]]) -> None:
+def check_fitted_and_held_out(**names: tuple[Sequence[str], Sequence[str], Collection[str]]) -> None:
     """Raises InputError where of an option's (fitted, held-out, allowed) names one is not allowed, or is both."""
     for option, (fitted, held_out, allowed) in names.items():
         for which, given in ((option, fitted), (f"held_out_{option}", held_out)):
             for name in given:
-                if name not in allowed:
-                    raise InputError(f"{which}: {name!r} is not one of {', '.join(allowed)}")
+                check_one_of(which, name, allowed)
         if set(fitted) & set(held_out):
             raise InputError(f"held_out_{option}: what is held out cannot be fitted on as well")
         if not fitted:

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from mnemoscope.config import StopConfig
 from mnemoscope.report.emergence import draw_curve
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, check_one_of
 from mnemoscope.tasks import Task, named_task
 from mnemoscope.watch.curve import FILE, PICTURE, WHEN, Curve, When, reached
 from mnemoscope.watch.measuring import Asked, Watcher, in_several_processes
@@ -74,8 +74,7 @@ class BehaviourCallback(TrainerCallback):
         if every is not None and every < 1:
             raise InputError(f"every: {every!r}; allowed is a number of steps from 1 on")
         for name, when in (("stop", stop), ("save", save)):
-            if when is not None and when not in WHEN:
-                raise InputError(f"{name}: {when!r} is not one of {', '.join(WHEN)}")
+            check_one_of(name, when, (None, *WHEN))
         self.asked = Asked(**{field.name: options.pop(field.name) for field in fields(Asked) if field.name in options})
         self.task = named_task(task, options, self.asked.seed)
         self.tokenizer, self.every, self.stop, self.save = tokenizer, every, stop, save

@@ -17,7 +17,7 @@ import torch
 
 from mnemoscope.behaviour import PLAIN, Asking, Batch, Prompting, draw_candidates, prepare, score
 from mnemoscope.models import SITES, Site
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, check_one_of
 from mnemoscope.statistics import mean, proportion
 from mnemoscope.statistics.contrast import PairedMoments
 from mnemoscope.tasks import SPLITS, Example, Kind, Split, Task, draw
@@ -59,10 +59,8 @@ class Asked:
         for name, least in (("examples", 1), ("rephrasings", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name}: {getattr(self, name)!r}; allowed is a number from {least} on")
-        if self.split not in SPLITS:
-            raise InputError(f"split: {self.split!r} is not one of {', '.join(SPLITS)}")
-        if self.contrast not in (None, *SITES):
-            raise InputError(f"contrast: {self.contrast!r} is not one of {', '.join(SITES)}")
+        check_one_of("split", self.split, SPLITS)
+        check_one_of("contrast", self.contrast, (None, *SITES))
 
 
 class Watcher:

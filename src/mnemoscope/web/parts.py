@@ -15,7 +15,7 @@ from mnemoscope.interventions import Binding, Intervention, SteeringVector, Towa
 from mnemoscope.interventions.shifts import top_neurons
 from mnemoscope.report import draw_neuron
 from mnemoscope.runs.digests import intact
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, check_one_of
 from mnemoscope.runs.schemas import read_chosen
 from mnemoscope.statistics.contrast import Contrast
 from mnemoscope.study.cells import Cell
@@ -57,9 +57,8 @@ class Vectors:
         Of ``nmd`` any layers and any number of neurons can be taken, as the run has the whole mean difference; of other
         methods those that the run's vector shifts. InputError where the run has no such method, layers or number.
         """
-        vector = self._vectors.get((steering.toward, steering.method))
-        if vector is None:
-            raise InputError(f"method: {steering.method!r} is not one of {', '.join(self._methods)}")
+        check_one_of("method", steering.method, self._methods)
+        vector = self._vectors[steering.toward, steering.method]
         if steering.layers is None and steering.neurons is None:
             return vector
         if not isinstance(vector, SteeringVector) or not vector.is_constant:

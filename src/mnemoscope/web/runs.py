@@ -16,7 +16,7 @@ from fastapi import HTTPException
 from mnemoscope.config import NAME
 from mnemoscope.report import Summary
 from mnemoscope.runs.digests import intact
-from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.errors import InputError, check_one_of
 from mnemoscope.runs.files import plain
 from mnemoscope.runs.strict import read_json
 from mnemoscope.web.cell import OpenedCell
@@ -45,7 +45,8 @@ class Runs:
 
     def folder(self, name: str) -> Path:
         """The folder of a run; InputError where there is no run of that name."""
-        return self.root / _one_of("run", name, self.names())
+        check_one_of("run", name, self.names())
+        return self.root / name
 
     def cells(self, name: str) -> list[str]:
         """Names of the cells of a run that can be opened: those that have steering vectors."""
@@ -54,7 +55,8 @@ class Runs:
 
     def cell(self, name: str, cell: str) -> Path:
         """The folder of a cell that can be opened; InputError where there is no such run or cell."""
-        return self.folder(name) / "cells" / _one_of("cell", cell, self.cells(name))
+        check_one_of("cell", cell, self.cells(name))
+        return self.folder(name) / "cells" / cell
 
     def facts(self, name: str) -> RunFacts:
         """What the list of runs shows of one; a damaged one hides no other."""
@@ -69,12 +71,6 @@ class Runs:
         with suppress(AttributeError):  # another version's, which holds something else
             tasks = plain(Summary.of(results).brief())
         return RunFacts(run=name, cells=cells, study=str(results.get("study")), finished=True, tasks=tasks)
-
-
-def _one_of(field: str, name: str, known: list[str]) -> str:
-    if name not in known:
-        raise InputError(f"{field}: {name!r} is not one of {', '.join(known) or 'none'}")
-    return name
 
 
 class OpenedCells:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
+from mnemoscope.config.model import Frozen
 from mnemoscope.interventions import Toward
 from mnemoscope.interventions.detect import Reading
 from mnemoscope.runs.files import plain
@@ -16,13 +17,7 @@ STRONGEST = 8.0  # factor on a vector
 Number = Annotated[float | None, BeforeValidator(plain)]
 
 
-class Shape(BaseModel):
-    """Base of all: unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
-
-
-class Question(Shape):
+class Question(Frozen):
     """A prompt, with its two revealing answers where they are known; ``item`` and ``family`` if it is of the run."""
 
     prompt: str = Field(min_length=1)
@@ -47,7 +42,7 @@ class Question(Shape):
 Pair = dict[Toward, Question]  # two phrasings of one item, by the behaviour that answers them
 
 
-class Steering(Shape):
+class Steering(Frozen):
     """Which vector steers the model: a method of the run, and a factor ``alpha``.
 
     Of its layers only some, and of its neurons the highest ranked, can be shifted; null: as the vector has them.
@@ -60,14 +55,14 @@ class Steering(Shape):
     neurons: int | None = Field(None, ge=1, le=2**24)
 
 
-class Asked(Shape):
+class Asked(Frozen):
     """A question, answered without steering or steered."""
 
     question: Question
     steering: Steering | None = None
 
 
-class DetectorReading(Shape):
+class DetectorReading(Frozen):
     """P(memorized) at the decision position: by layer from layer 0, and at ``layer``, which is the verdict."""
 
     p_memorized: Number
@@ -83,7 +78,7 @@ class DetectorReading(Shape):
         return cls(layer=found.layer, **{name: getattr(found, name)[0].tolist() for name in names})
 
 
-class Answer(Shape):
+class Answer(Frozen):
     """The text that a model answers with, and the probabilities of both whole answers, without what closes them.
 
     Null are behaviour and probabilities where the prompt came without answers, probabilities where a lever changes the
@@ -97,19 +92,19 @@ class Answer(Shape):
     reading: DetectorReading | None = None
 
 
-class LeverFacts(Shape):
+class LeverFacts(Frozen):
     """A lever of a cell, of vectors with what they shift; ``free``: any layers and number of neurons can be taken."""
 
     lever: str
     best: bool
     site: str = ""
-    layers: list[int] = []
+    layers: list[int] = Field([])
     neurons: int = 0
     strength: float = 1.0
     free: bool = False
 
 
-class OpenedFacts(Shape):
+class OpenedFacts(Frozen):
     """An opened cell: how many layers its model has, the two vectors of each method, and whether it has a detector.
 
     ``documents``: whether its task quotes some. ``auroc``: of test prompts, by P(memorized) and by the input alone.
@@ -123,7 +118,7 @@ class OpenedFacts(Shape):
     methods: dict[str, dict[Toward, LeverFacts]]
 
 
-class NeuronMap(Shape):
+class NeuronMap(Frozen):
     """Statistics of every neuron at the contrast's site, by layer, on the fit pairs."""
 
     site: str
@@ -133,7 +128,7 @@ class NeuronMap(Shape):
     p_family_wise: list[list[Number]]
 
 
-class Watched(Shape):
+class Watched(Frozen):
     """One neuron on tune pairs: means, ranks (1 is the largest magnitude), and a drawing (SVG).
 
     ``alone``: shares of phrasings steered to each behaviour by shifting it alone by ``times`` its mean difference.
@@ -150,14 +145,14 @@ class Watched(Shape):
     drawing: str
 
 
-class Look(Shape):
+class Look(Frozen):
     """A step of a look at a neuron: the share that is done, from 0 to 1, and with the last step the result."""
 
     share: float
     result: Watched | None = None
 
 
-class RunFacts(Shape):
+class RunFacts(Frozen):
     """A run: its study, the cells that can be opened, and once it is finished the numbers of ``fit --json`` by task.
 
     ``damaged``: what is wrong with its results, if anything.
@@ -167,11 +162,11 @@ class RunFacts(Shape):
     cells: list[str]
     study: str | None = None
     finished: bool = False
-    tasks: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, dict[str, Any]] = Field({})
     damaged: str | None = None
 
 
-class Refusal(Shape):
+class Refusal(Frozen):
     """The body of every error: the field, and what is wrong with it."""
 
     error: dict[Literal["field", "message"], str]
