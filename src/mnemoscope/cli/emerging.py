@@ -10,8 +10,8 @@ import typer
 
 from mnemoscope.cli import given
 from mnemoscope.cli.shared import app, formatted, options, say
-from mnemoscope.runs.schemas import Site
 
+Site = Literal["block", "attention", "mlp", "neuron"]
 SHOWN = {"worked out": "conflict_generalized", "remembered": "conflict_memorized", "other": "conflict_other"}
 SHOWN |= {"new right": "novel_accuracy", "recalled": "recall"}
 

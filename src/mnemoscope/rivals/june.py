@@ -111,9 +111,8 @@ def _effects(bench: Bench, examples: Sequence[Example]) -> np.ndarray:
         batch = replace(whole, suffix_RM=whole.suffix_RM[:, :1], length_R=torch.ones_like(whole.length_R))
         n = len(batch.examples_N)
         before_N = log_p(asking, [Asked.first(batch)], everywhere=False).exp()
-        rows = with_options(
-            batch, torch.zeros(len(TRIED), n, dtype=torch.long)
-        )  # factor k of every example, then the next
+        # Factor k of every example, then the next.
+        rows = with_options(batch, torch.zeros(len(TRIED), n, dtype=torch.long))
         factor_R = torch.tensor(TRIED).repeat_interleave(n)
         for layer, head in product(range(len(blocks_of(model))), range(heads)):
             scale_RHW = torch.zeros(len(factor_R), heads, width)

@@ -63,9 +63,8 @@ def bounded_table(path: Path, content: bytes | None = None) -> Any:
         size = f"{found.num_rows} rows of {found.num_columns} columns"
         raise InputError(f"file: {path} has {size}; at most {MOST_CELLS} cells are read")
     parts = [found.row_group(n).column(c) for n in range(found.num_row_groups) for c in range(found.num_columns)]
-    if (
-        sum(part.num_values * part.total_uncompressed_size for part in parts) > MOST_DECODED
-    ):  # one value may be all of it
+    # One value may be all of it.
+    if sum(part.num_values * part.total_uncompressed_size for part in parts) > MOST_DECODED:
         widest = max(part.total_uncompressed_size for part in parts)
         for batch in file.iter_batches(max(1, min(2**16, MOST_TEXT // (8 * widest)))):
             held += sum(getattr(column, "dictionary_decode", lambda c=column: c)().nbytes for column in batch.columns)
