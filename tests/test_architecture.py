@@ -92,7 +92,7 @@ BOUNDS = {
     "lines of src": 25_440,  # 19_500
     "lines of paper": 2_000,
     "lines of rivals": 1_200,
-    "lines of tests": 15_650,  # 11_000
+    "lines of tests": 15_655,  # 11_000
     "lines of docs": 2_200,  # by hand
     "lines of a file": 350,
     "lines of a test file": 453,  # 350
