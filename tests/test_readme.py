@@ -89,7 +89,7 @@ def test_the_python_runs(
     for page in ("README.md", "docs/steering.md"):
         for code in blocks("python", (ROOT / page).read_text()):
             code = code.replace('"smollm2"', repr(str(shared_folder / "mini-addition")))
-            code = re.sub(r"prompts = \[.*\]", 'prompts = ["34+26="]', code)
+            code = re.sub(r"prompts = \[.*?\]\n", 'prompts = ["34+26="]\n', code, flags=re.DOTALL)
             code = code.replace('out="runs/mine"', 'out="runs/mine", settings=4')  # the fewest, for the test's time
             exec(compile(code, page, "exec"), space)
     printed = capsys.readouterr().out

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 from torch import Tensor
 
 from mnemoscope.interventions.artefact import Artefact, read_artefact, tensors_file
-from mnemoscope.interventions.registry import method_module
+from mnemoscope.interventions.registry import method_module, method_names
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.schemas import InterventionFacts
 from mnemoscope.runs.toward import Toward
@@ -129,11 +129,12 @@ def load_intervention(
 ) -> Intervention:
     """Load an intervention of any kind that was imported; see ``Artefact.load`` for errors."""
     facts, _ = read_artefact("intervention", path := tensors_file(path), InterventionFacts, force)
-    kind = facts.get("kind", "vector")
+    kind, method = facts.get("kind", "vector"), facts["method"]
     if kind in KINDS:
         import_module(f"mnemoscope.interventions.{kind}")
-    with suppress(InputError):  # a vector of somebody's own
-        method_module(facts["method"])
+    if kind not in KINDS or method not in method_names():
+        with suppress(InputError):  # a vector of somebody's own
+            method_module(method)
     known = {one.KIND: one for one in _all(Intervention) if hasattr(one, "KIND")}
     if kind not in known:
         raise InputError(f"kind: {path} is {kind!r}; known are {', '.join(sorted(known))}, and what was imported")
