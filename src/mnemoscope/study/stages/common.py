@@ -112,7 +112,8 @@ class PerProcess:
         """The cell's model, which stages that follow each other in a process share."""
         if self.cell.opened is not None:
             return cell_model(self.cell)
-        place = str(self.cell.folder.resolve()), (self.cell.folder / "cell.json").read_bytes()
+        facts = self.cell.folder / "cell.json"  # which says what the weights are, once these are there
+        place = str(self.cell.folder.resolve()), facts.read_bytes() if facts.exists() else b""
         if place not in _OPENED:
             _OPENED.clear()
             _OPENED[place] = cell_model(self.cell)
