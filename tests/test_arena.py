@@ -99,6 +99,22 @@ def test_wordings_go_before_the_prompt_or_behind_its_text() -> None:
         assert worded("behind").prompt(whole) == "Read.\nA is B. Q: A?"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "behind"),
+    [
+        ("Context: A is B.\nQuestion: What is A?\nAnswer: A is", "Question: What is A?\nAnswer: A is"),
+        ("They say A is B. Question: What is A?\nAnswer:", "Question: What is A?\nAnswer:"),
+        ("A is B.\nA is", "A is"),
+        ("A is B, they say. A is", "A is"),
+        ("What is A?", "What is A?"),  # nothing is quoted
+        ("A is", "A is"),
+    ],
+)
+def test_a_question_is_told_from_the_text_before_it(prompt: str, behind: str) -> None:
+    quoted = Quoted.guess(prompt)
+    assert (quoted.prompt, quoted.behind) == (prompt, behind)
+
+
 def test_exact_match_is_of_the_first_line_in_its_normal_form() -> None:
     assert is_exact(" Paris.\nQuestion", " paris")
     assert is_exact("the Hague", "Hague")

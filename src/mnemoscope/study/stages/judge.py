@@ -44,6 +44,7 @@ class SteeredCell(common.PerProcess):
     def __init__(self, cell: Cell) -> None:
         super().__init__(cell)
         self.exchanged = False  # whether settings are chosen on the test split, and judged on tune
+        self._judged: dict[bool, dict[str, dict[str, JudgedList]]] = {}
         self._prompts: tuple[tuple[bool, str, str], Prompts] | None = None
 
     def map(self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Iterable[Any]:
@@ -70,8 +71,11 @@ class SteeredCell(common.PerProcess):
     @property
     def judged(self) -> dict[str, dict[str, JudgedList]]:
         """By direction and name."""
-        limit = self.cell.config.steering.judged_examples
-        return {to.direction: judged_lists(self.bench.records, to, limit) for to in Toward}
+        if self.exchanged not in self._judged:
+            limit = self.cell.config.steering.judged_examples
+            found = {str(to.direction): judged_lists(self.bench.records, to, limit) for to in Toward}
+            self._judged[self.exchanged] = found
+        return self._judged[self.exchanged]
 
     def prompts(self, direction: str, name: str) -> Prompts:
         """A judged list; one at a time and without tune lists, as prefix caches need memory."""
