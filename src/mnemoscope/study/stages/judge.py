@@ -12,11 +12,11 @@ import pandas as pd
 from mnemoscope.behaviour import mark_confabulations
 from mnemoscope.bench.answers import scores
 from mnemoscope.bench.prompts import Prompts
-from mnemoscope.interventions import Intervention, SteeringVector, Toward
+from mnemoscope.interventions import Intervention, SteeringVector
 from mnemoscope.interventions.controls import DRAWN, control_draws, has_equal_norm
 from mnemoscope.study.cells import Cell, Tell
 from mnemoscope.study.stages import common
-from mnemoscope.study.stages.lists import JudgedList, RecordedBench, judged_lists
+from mnemoscope.study.stages.lists import RecordedBench
 from mnemoscope.study.stages.rows import judged_table
 
 AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}
@@ -44,7 +44,6 @@ class SteeredCell(common.PerProcess):
     def __init__(self, cell: Cell) -> None:
         super().__init__(cell)
         self.exchanged = False  # whether settings are chosen on the test split, and judged on tune
-        self._judged: dict[bool, dict[str, dict[str, JudgedList]]] = {}
         self._prompts: tuple[tuple[bool, str, str], Prompts] | None = None
 
     def map(self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Iterable[Any]:
@@ -68,22 +67,13 @@ class SteeredCell(common.PerProcess):
     def _exchanged(self) -> RecordedBench:
         return self._bench.exchange()
 
-    @property
-    def judged(self) -> dict[str, dict[str, JudgedList]]:
-        """By direction and name."""
-        if self.exchanged not in self._judged:
-            limit = self.cell.config.steering.judged_examples
-            found = {str(to.direction): judged_lists(self.bench.records, to, limit) for to in Toward}
-            self._judged[self.exchanged] = found
-        return self._judged[self.exchanged]
-
     def prompts(self, direction: str, name: str) -> Prompts:
         """A judged list; one at a time and without tune lists, as prefix caches need memory."""
         self.bench.prepared.clear()
         place = self.exchanged, direction, name
         if self._prompts is None or self._prompts[0] != place:
             self._prompts = None
-            self._prompts = place, self.bench.prompts(self.judged[direction][name].examples)
+            self._prompts = place, self.bench.prompts(self.bench.judged[direction][name].examples)
         return self._prompts[1]
 
 
@@ -111,7 +101,7 @@ def judge_all(opened: SteeredCell, chosen: Sequence[Chosen], tell: Tell) -> list
 
     parts = [
         (one, name, draws(one, name))
-        for direction, lists in opened.judged.items()
+        for direction, lists in opened.bench.judged.items()
         for name in lists
         for one in chosen
         if f"to_{one.one.toward}" == direction and judges(one, name)
@@ -130,7 +120,7 @@ def judge_all(opened: SteeredCell, chosen: Sequence[Chosen], tell: Tell) -> list
 def _judge(opened: SteeredCell, one: Chosen, name: str, draws: int) -> list[pd.DataFrame]:
     """Tables of an intervention and of the draws of its controls on one test list."""
     cell, asking, bench, direction = opened.cell, opened.asking, opened.bench, f"to_{one.one.toward}"
-    entry, prompts = opened.judged[direction][name], opened.prompts(direction, name)
+    entry, prompts = bench.judged[direction][name], opened.prompts(direction, name)
     found = scores(one.one, prompts, margins=True)
     if entry.examples[0].kind == "conflict" and isinstance(one.one, SteeringVector):
         applied = partial(one.one.apply, asking.model)

@@ -111,6 +111,12 @@ class RecordedBench(Bench):
         return replace(self, records=records, exchanged=True, prepared={})
 
     @cached_property
+    def judged(self) -> dict[str, dict[str, JudgedList]]:
+        """What is judged on, by direction and name."""
+        limit = self.cell.config.steering.judged_examples
+        return {toward.direction: judged_lists(self.records, toward, limit) for toward in Toward}
+
+    @cached_property
     def pairs(self) -> list[tuple[Example, Example]]:
         """Fit pairs."""
         return self.records.both_sides("fit", self.cell.config.steering.fit_pairs)
