@@ -21,13 +21,17 @@ from families import prompts, tiny, tokenizer
 from helpers import MINI_TASKS, hook_count, sign
 from mnemoscope.behaviour import Asking, phrase_of, states_at_the_end
 from mnemoscope.cli import commands
+from mnemoscope.config import load_study
 from mnemoscope.face.fitted import Fitted
 from mnemoscope.face.recipe import METHODS, ONE_LAYER, SETTINGS, STEERING, Choices, fitting_study
 from mnemoscope.face.stored import agreed, vector_file
+from mnemoscope.interventions import Toward
 from mnemoscope.interventions.decoding import Decoding
 from mnemoscope.models import backbone_of, load_model
 from mnemoscope.runs.errors import InputError
 from mnemoscope.serving.export import SITES_FOR
+from mnemoscope.study.cells import cells_of
+from mnemoscope.study.stages.judge import SteeredCell
 from mnemoscope.tasks.jsonl import JsonlTask
 from test_cli import call
 
@@ -78,6 +82,26 @@ def user(mini: Callable[[str], Asking], shared_folder: Path, tmp_path_factory: p
     fitted = ms.fit(folder, task=str(data), out=str(out), **QUICK)
     assert hook_count(fitted.model) == 0
     return User(folder, fitted.model, fitted.tokenizer, data, out, fitted)
+
+
+def test_an_exchange_judges_on_tune_what_is_chosen_on_test(user: User) -> None:
+    cell = cells_of(load_study(str(user.out / "study.yaml")), user.out)[0]
+    bench = SteeredCell(cell).bench
+    for side in Toward:
+        sides = list[tuple[set[str], set[str]]]()
+        for one in (bench, bench.exchange()):
+            lists = one.choosing(side)
+            chosen_on = [lists.targets, *(prompts for prompts, _ in lists.kept.values())]
+            chosen = {e.group for prompts in chosen_on for e in prompts.examples}
+            sides.append((chosen, {e.group for entry in one.judged[side.direction].values() for e in entry.examples}))
+        (chosen, judged), (then_chosen, then_judged) = sides
+        assert chosen
+        assert judged
+        assert not chosen & judged
+        assert not then_chosen & then_judged
+        assert not judged & then_judged
+        assert chosen & then_judged
+        assert judged & then_chosen
 
 
 def aimed(task: dict[str, Any], direction: str) -> dict[str, Any]:

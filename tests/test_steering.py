@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import cache_utils
 
 from families import tiny
@@ -264,6 +265,14 @@ def test_a_binding_is_to_the_exact_bytes_of_the_weights_and_to_the_words_of_the_
     assert Binding.of(asking.model, words).tokenizer != bound.tokenizer
 
 
+def with_other_dtype(file: Path, facts: Path) -> None:
+    """Tensors in half precision, with the digests of what is there now."""
+    save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file)
+    found = json.loads(facts.read_text())
+    found["digest"]["tensors"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    facts.write_text(json.dumps(found))
+
+
 def changed_json(path: Path, sealed: bool = False, **facts: object) -> None:
     """Other facts, with their own digest where they are sealed again."""
     found = json.loads(path.read_text()) | facts
@@ -278,6 +287,7 @@ def changed_json(path: Path, sealed: bool = False, **facts: object) -> None:
     [
         (lambda file, facts: file.write_bytes(file.read_bytes()[:50]), "the digest of its tensors differs"),
         (lambda file, facts: save_file({"layer.0": torch.ones(64)}, file), "the digest of its tensors differs"),
+        (with_other_dtype, "its tensors are torch.float16, and were saved as torch.float32"),
         (lambda file, facts: file.unlink(), "No such file"),
         (lambda file, facts: facts.unlink(), "No such file"),
         (lambda file, facts: facts.write_text("{"), "Expecting property name"),

@@ -17,6 +17,7 @@ import matplotlib
 import matplotlib.image
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -269,7 +270,7 @@ def _svg(figure: Figure, label: str) -> str:
     """The drawing as an inline ``<svg>``: no prologue, no style sheet, no names that repeat, theme colours."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
+    FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)  # savefig would draw everything twice
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     nothing_new = r"<defs>\s*<style.*?</style>\s*</defs>|<metadata>.*?</metadata>| xmlns(?::xlink)?=\"[^\"]*\""
