@@ -13,7 +13,7 @@ from mnemoscope.bench.prompts import Prompts
 
 SIZES: dict[str, Any] = {
     **{"conflicts": 24, "kept": 8, "varied": 6, "tune_conflicts": 16, "tune_kept": 4, "fit_conflicts": 40},
-    **{"fit_kept": 8, "pairs": 40, "steps": 4, "batch": 8, "controls": 2, "written": 8, "tokens": 5},
+    **{"fit_kept": 8, "pairs": 40, "steps": 4, "batch": 8, "controls": 2, "fits": 2, "written": 8, "tokens": 5},
     **{"cuts": 4, "following": 4, "batch_size": 16},
 }
 PLANTED = ("planted.last_pair", "planted.clamp", "planted.sharper")  # methods of a user's own

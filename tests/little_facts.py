@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mnemoscope.behaviour import Asking, prepare, score
-from mnemoscope.bench.varied import BEFORE, BEHIND, FOREIGN
+from mnemoscope.bench.prompts import ELSEWHERE
+from mnemoscope.bench.varied import FOREIGN
 from mnemoscope.config import ModelConfig
 from mnemoscope.interventions.methods.prompt import WORDINGS
 from mnemoscope.models import build_gpt2, word_tokenizer
@@ -24,7 +25,7 @@ TRUSTED = ("context", "note", "memo", "report")  # labels whose texts are follow
 DOUBTED = ("rumour", "joke", "novel", "guess")
 ASKS = ("question", "quiz")
 # It never reads these sentences in training, but has a token for each of their words.
-SENTENCES = [*WORDINGS["generalized"], *WORDINGS["memorized"], FOREIGN, BEFORE, BEHIND, "Everybody agrees:"]
+SENTENCES = [*WORDINGS["generalized"], *WORDINGS["memorized"], FOREIGN, *ELSEWHERE, "Everybody agrees:"]
 WORDS = re.findall(r"\w+|[^\w\s]", " ".join(SENTENCES))
 VOCABULARY = list(dict.fromkeys([*SUBJECTS, *VALUES, *TRUSTED, *DOUBTED, *ASKS, "has", ":", ".", "?", *WORDS]))
 

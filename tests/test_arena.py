@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from arena_lists import plainly
-from mnemoscope.behaviour import prepare, score
+from arena_lists import SIZES, plainly
+from little_facts import LittleFacts
+from mnemoscope.behaviour import Asking, Scores, prepare, score
+from mnemoscope.bench import known as known_module
 from mnemoscope.bench.answers import NOTHING, Neutral, is_exact
+from mnemoscope.bench.known import Known, ask_known
 from mnemoscope.bench.lists import DrawnBench
 from mnemoscope.bench.varied import _both
+from mnemoscope.config import parse_arena
 from mnemoscope.interventions import Intervention, Quoted, SteeringVector, Toward
 from mnemoscope.interventions.controls import has_equal_norm, of_equal_norm
 from mnemoscope.interventions.methods import candidates
@@ -29,8 +35,10 @@ def test_prompts_are_contrasted_with_their_bare_question_or_with_themselves_with
         assert bare is bares
         assert cut.prompt == example.prompt.replace(quoted.text, "")
         assert cut.options == example.options
-    tried, tune = {one.contrast for one in candidates("cad", bench, "generalized")}, bench.tune["conflict"]
-    assert tried == ({"bare", "cut"} if tune.contrast("bare") != tune.contrast("cut") else {"bare"})  # each once
+    for method, contrast in (("cad", "cut"), ("adacad", "cut"), ("cad-bare", "bare")):
+        assert {one.contrast for one in candidates(method, bench, "generalized")} == {contrast}
+    (gone,) = candidates("delete", bench, "memorized")
+    assert [gone.prompt(quoted) for quoted in prompts.quoted] == [e.prompt for e in prompts.contrast("cut")]
 
 
 def test_a_text_with_both_answers_says_the_other_one_last_and_nothing_else_changes() -> None:
@@ -45,6 +53,28 @@ def test_every_conflict_has_a_bare_question_that_is_answered_by_heart(bench: Dra
         bares = [bare for bare in lists["conflict"].bares if bare]
         assert len(bares) == len(lists["conflict"])
         assert set(score(bench.asking, prepare(bench.asking, bares)).behaviour_N) == {"memorized"}
+
+
+def test_what_is_known_is_asked_behind_other_sentences_and_fit_takes_all_items(
+    little: Asking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were conflicts chosen by their bare question, leaving out the text would answer all of them from memory."""
+    monkeypatch.setattr(known_module, "ASIDE", ("Everybody agrees:\n", "Use only what you know.\n"))
+    asked = list[str]()
+    monkeypatch.setattr(known_module, "prepare", lambda asking, some: asked.extend(e.prompt for e in some) or some)
+    answers = iter((["correct"] * 24 + ["wrong"] * 24, ["wrong"] * 47 + ["correct"]))
+    found = Scores.empty(48)
+    monkeypatch.setattr(known_module, "score", lambda *_, **__: replace(found, behaviour_N=np.array(next(answers))))
+    known, task = ask_known(little, LittleFacts()), LittleFacts()
+    assert known.items == [f"land{n}" for n in (*range(24), 47)]
+    assert {prompt.split("\n")[0] for prompt in asked} == {"Everybody agrees:", "Use only what you know."}
+    assert {prompt.split("\n")[1] for prompt in asked} == {e.prompt for e in task.facts_to_know()}
+    monkeypatch.undo()
+    most = Known(48, [f"land{n}" for n in range(48) if n % 4])
+    drawn = DrawnBench.of(little, task, parse_arena(SIZES), most)
+    assert {e.group for e in drawn.test["conflict"].examples} <= set(most.items)
+    assert {e.group for e in drawn.tune["conflict"].examples} <= set(most.items)
+    assert not {e.group for e in drawn.fit_conflicts.examples} <= set(most.items)
 
 
 def test_controls_move_states_as_far_somewhere_else(

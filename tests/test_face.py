@@ -32,6 +32,7 @@ from mnemoscope.runs.errors import InputError
 from mnemoscope.serving.export import SITES_FOR
 from mnemoscope.study.cells import cells_of
 from mnemoscope.study.stages.judge import SteeredCell
+from mnemoscope.tasks import KINDS
 from mnemoscope.tasks.jsonl import JsonlTask
 from test_cli import call
 
@@ -102,6 +103,25 @@ def test_an_exchange_judges_on_tune_what_is_chosen_on_test(user: User) -> None:
         assert not judged & then_judged
         assert chosen & then_judged
         assert judged & then_chosen
+
+
+def test_a_fit_needs_pairs_of_the_fit_split_alone(user: User, tmp_path: Path) -> None:
+    """Of few groups none may flip on tune or test: levers are chosen and judged on conflicts as drawn."""
+    rows, task = [json.loads(line) for line in user.data.read_text().splitlines()], JsonlTask(file=str(user.data))
+    split_of = {e.item: e.split for kind in KINDS for e in task.examples(np.random.default_rng(0), 10**4, kind)}
+    seen, kept = set[str](), list[str]()
+    for row in rows:
+        split = split_of[row["item"]]
+        if row["kind"] != "conflict" or split == "fit" or row["item"] not in seen:  # one phrasing flips into nothing
+            kept.append(json.dumps(row | {"split": split}))
+        seen.add(row["item"])
+    (tmp_path / "few.jsonl").write_text("\n".join(kept))
+    made = ms.fit(user.model, user.words, task=str(tmp_path / "few.jsonl"), out=tmp_path / "run", **QUICK)
+    assert set(made.vectors) == set(Toward)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["tasks"]["few"]
+    assert all(made.levers[toward] for toward in Toward)
+    assert results["probe"]["best"]["accuracy"]["n"] == 0
+    assert "few" in (tmp_path / "run" / "report.html").read_text()
 
 
 def aimed(task: dict[str, Any], direction: str) -> dict[str, Any]:

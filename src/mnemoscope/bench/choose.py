@@ -31,6 +31,7 @@ COST = 0.5  # points of worth per point of a control, up to its limit
 # Methods in the order in which a near tie is decided. In seeds of `paper`, `smollm2` and `gemma` whose test figures are
 # published, NMD or a gradient was taken beside a learned shift and did a third to two thirds of it (docs/LOG.md).
 SAFER = ("low-rank", "lora", "cad", "learned", "gradient", "whitened", "logistic", "standardized-nmd", "nmd", "pca")
+STEP, STEPS = 1.5, 4  # of strengths beyond those that a method tries
 FINALISTS = 3  # settings that are rated again at most
 AGAIN = 1_000_003  # added to a seed for the second rating
 STANDING_IN = ("random_sign", "gaussian")  # for all four random controls, which steer about as many
@@ -178,6 +179,28 @@ def confirmed(
         rated.append(replace(tuned, control=control, worth=worth, within=within))
     seen = {id(tuned.rated) for tuned in rated}
     return [*in_order(rated, rule.errors), *(tuned for tuned in found if id(tuned.rated) not in seen)]
+
+
+def searched_on(bench: Bench, lists: Lists, best: Tuned, rule: Rule) -> tuple[Tuned, bool]:
+    """The best setting, or a stronger or weaker form of it that is better on tune: no grid ends where its choice is.
+
+    And whether the last one that was tried was still better than all before it.
+    """
+    found, at_end = best, False
+    for factor in (STEP, 1 / STEP):
+        now, scale = best, 1.0
+        for step in range(STEPS):
+            scale *= factor
+            one = best.one.scaled(scale)
+            if one is best.one:  # it has no strength
+                break
+            one = replace(one, setting={**one.setting, "scaled": round(scale, 4)})
+            (tuned,) = choose(bench, lists, [rate(one, lists.targets)], rule)
+            if tuned.rank <= now.rank:
+                break
+            now, at_end = tuned, step == STEPS - 1
+        found = max(found, now, key=lambda tuned: tuned.rank)
+    return found, at_end
 
 
 def in_order(found: Iterable[Tuned], errors: float = 1.0) -> list[Tuned]:

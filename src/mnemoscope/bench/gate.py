@@ -9,6 +9,7 @@ Shapes: N prompts.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,17 +17,24 @@ from mnemoscope.behaviour import read_states
 from mnemoscope.bench.lists import KEPT, DrawnBench
 from mnemoscope.bench.prompts import Prompts
 from mnemoscope.interventions.detect import Detector, Observed, Reading, fit_detectors
+from mnemoscope.models import blocks_of
 
 THRESHOLD = 0.5  # of the probability of the behaviour to steer away from
 
 
-def fitted_detector(bench: DrawnBench) -> Detector:
-    """The detector of the fit split, calibrated on tune; InputError where a behaviour has too few prompts."""
+def fitted_detectors(bench: DrawnBench) -> dict[str, Detector]:
+    """By the name of a gate its detector, of the fit split and calibrated on tune.
+
+    ``whole`` is that of a fit, ``behaviour`` does not ask whether there is a conflict, and ``early`` reads no layer of
+    the second half, so that the same pass can still be steered. InputError where a behaviour has too few prompts.
+    """
     fit, tune = (
         _observed(lists, mined.scores.states_NLD, mined.scores.behaviour_N)
         for lists, mined in ((bench.fit, bench.mined), (bench.tune, bench.mine("tune", 38)))
     )
-    return fit_detectors(fit, tune)[0]
+    whole, early = fit_detectors(fit, tune, below=len(blocks_of(bench.asking.model)) // 2 - 1)
+    behaviour = replace(whole, conflict_D=np.full_like(whole.conflict_D, np.nan), conflict_bias=np.nan)
+    return {"whole": whole, "behaviour": behaviour, "early": early or whole}
 
 
 def _observed(lists: Mapping[str, Prompts], states_NLD: np.ndarray | None, labels_N: np.ndarray) -> Observed:

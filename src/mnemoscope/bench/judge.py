@@ -5,7 +5,7 @@ Shapes: N prompts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,15 @@ import pandas as pd
 
 from mnemoscope.behaviour import Scores
 from mnemoscope.bench.answers import NOTHING, Neutral, is_exact, scores, texts_of
-from mnemoscope.bench.gate import THRESHOLD, fitted_detector, readings
+from mnemoscope.bench.gate import THRESHOLD, fitted_detectors, readings
 from mnemoscope.bench.lists import LISTS, DrawnBench
 from mnemoscope.bench.prompts import Prompts
 from mnemoscope.bench.varied import varied_lists
 from mnemoscope.interventions import Intervention, SteeringVector, Toward
-from mnemoscope.interventions.controls import has_equal_norm, of_equal_norm
+from mnemoscope.interventions.controls import has_equal_norm, of_equal_norm, shuffles
 from mnemoscope.interventions.detect import Detector
+from mnemoscope.interventions.methods import nulls, refitted
+from mnemoscope.interventions.sources import PERMUTED
 from mnemoscope.models import context_length
 from mnemoscope.runs.errors import InputError
 
@@ -34,27 +36,27 @@ class Frame:
 
     Attributes:
         lists: the frozen lists, then those of changed prompts.
-        detector: of the gate; None where there is none, for the reason ``why``.
+        gates: by name, their detectors; none for the reason ``why``.
     """
 
     bench: DrawnBench
     lists: Mapping[str, Prompts]
     neutral: Neutral
-    detector: Detector | None
+    gates: Mapping[str, Detector]
     why: str
 
     @classmethod
     def of(cls, bench: DrawnBench) -> Frame:
         """Draw it."""
         try:
-            detector, why = fitted_detector(bench), ""
+            gates, why = fitted_detectors(bench), ""
         except InputError as error:  # too few prompts of a behaviour, which is no reason to lose all else
-            detector, why = None, str(error)
+            gates, why = {}, str(error)
         config, context = bench.config, context_length(bench.asking.model)
         length = min(64, context - 1 - config.following - 32)  # room for a sentence before it
         rng = np.random.default_rng([config.seed, 34])
         neutral = Neutral(bench.asking, config.cuts, 16, length, config.following, rng)
-        return cls(bench, {**bench.test, **varied_lists(bench)}, neutral, detector, why)
+        return cls(bench, {**bench.test, **varied_lists(bench)}, neutral, gates, why)
 
     def table(self) -> pd.DataFrame:
         """Every prompt of every list with its unsteered label; of the frozen ones also where a gate acts."""
@@ -63,26 +65,24 @@ class Frame:
             rows = pd.DataFrame([example.to_row() for example in prompts.examples])
             found = prompts.unsteered
             columns: dict[str, Any] = {"unsteered": found.behaviour_N, "margin": found.margin_N, "tie": found.tie_N}
-            columns |= dict.fromkeys(("p_memorized", *(f"acts_{toward}" for toward in Toward)), np.nan)
-            if self.detector and name in LISTS and len(prompts):
-                reading = readings(self.detector, prompts)
-                columns |= {"p_memorized": reading.p_memorized}
-                columns |= {f"acts_{one}": reading.acts(one, THRESHOLD).astype(float) for one in Toward}
+            for gate, detector in self.gates.items():
+                columns |= dict.fromkeys((f"{gate}_p", *(f"{gate}_{toward}" for toward in Toward)), np.nan)
+                if name in LISTS and len(prompts):
+                    reading = readings(detector, prompts)
+                    columns |= {f"{gate}_p": reading.p_memorized}
+                    columns |= {f"{gate}_{one}": reading.acts(one, THRESHOLD).astype(float) for one in Toward}
             parts.append(rows.assign(list=name, example=np.arange(len(rows)), **columns))
         return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
-    def judged(self, one: Intervention | None, toward: str) -> dict[str, pd.DataFrame]:
-        """Tables by name of an intervention, or of none, towards a behaviour."""
-        config = self.bench.config
+    def judged(self, one: Intervention | None, toward: str, bench: DrawnBench | None = None) -> dict[str, pd.DataFrame]:
+        """Tables by name of an intervention, or of none, towards a behaviour; ``bench``: what it was fitted on."""
+        bench = bench or self.bench
         parts = [
             self._answers(name, scores(one, prompts) if one else prompts.unsteered, toward)
             for name, prompts in self.lists.items()
         ]
-        conflict = self.lists["conflict"]
-        for number in range(config.controls if has_equal_norm(one) else 0):
-            assert isinstance(one, SteeringVector)
-            control = of_equal_norm(one, self.bench.sources(one.site), config.seed, number)
-            parts.append(self._answers("conflict", scores(control, conflict), toward, number))
+        for role, number, control in self._controls(bench, one) if one else ():
+            parts.append(self._answers("conflict", scores(control, self.lists["conflict"]), toward, number, role))
         plain = one or NOTHING
         return {
             "answers": pd.concat(parts, ignore_index=True),
@@ -90,15 +90,29 @@ class Frame:
             "neutral": self.neutral.measured(plain)[["kl_first", "kl_next"]].assign(toward=toward),
         }
 
-    def _answers(self, name: str, found: Scores, toward: str, draw: int = -1) -> pd.DataFrame:
-        """``draw``: of the control of equal norm; -1: the intervention itself."""
-        columns: dict[str, Any] = {"toward": toward, "list": name, "draw": draw}
+    def _controls(self, bench: DrawnBench, one: Intervention) -> Iterator[tuple[str, int, Intervention]]:
+        """Draws of equal norm, and the same method taught answers of other items, where there are such."""
+        config = bench.config
+        for number in range(config.controls if has_equal_norm(one) else 0):
+            assert isinstance(one, SteeringVector)
+            yield "gaussian", number, of_equal_norm(one, bench.sources(one.site), config.seed, number)
+        first = bench.seed == config.seed  # one fit is enough for what costs as much as a fit
+        if first and config.refits and PERMUTED in nulls(one.method) and bench.lists.can_permute():
+            (several,) = shuffles(config.refits, bench.seed, permuted=True)
+            for number, control in enumerate(refitted(bench, one, several[: config.refits])):
+                yield PERMUTED, number, control
+
+    def _answers(self, name: str, found: Scores, toward: str, draw: int = -1, role: str = "") -> pd.DataFrame:
+        """``draw``: of a control; -1: the intervention itself. ``role``: what the control is."""
+        columns: dict[str, Any] = {"toward": toward, "list": name, "role": role, "draw": draw}
         columns |= {"example": np.arange(len(found.behaviour_N)), "behaviour": found.behaviour_N, "tie": found.tie_N}
         return pd.DataFrame(columns)
 
     def _texts(self, one: Intervention, toward: str) -> pd.DataFrame:
         config, conflict = self.bench.config, self.lists["conflict"]
-        first = conflict.of(np.arange(min(config.written, len(conflict))))
+        first = (
+            conflict.of(np.arange(min(config.written, len(conflict)))) if config.written < len(conflict) else conflict
+        )
         made = texts_of(one, first, config.tokens)
         exact = {
             side: [is_exact(text, str(getattr(e, side))) for text, e in zip(made.texts, first.examples, strict=True)]

@@ -22,6 +22,7 @@ from mnemoscope.behaviour import (
     prepare,
     score,
 )
+from mnemoscope.bench.known import Known, ask_known
 from mnemoscope.bench.prompts import Prompts
 from mnemoscope.config import ArenaConfig
 from mnemoscope.interventions import Toward
@@ -42,19 +43,9 @@ from mnemoscope.tasks import Example, Split, Task, as_bare, draw
 
 KEPT = ("agreeing", "bare")  # lists whose answers should stay
 LISTS = ("conflict", *KEPT)  # of every split
+ANOTHER = 1_000_003  # added to the seed of each further fit
 Examples = Sequence[Example]
 ByToward = Mapping[Toward, Examples]
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """How many items were asked bare, and those that the model answers by heart.
-
-    ``asked`` is 0 where the task has no such questions; then what it says is known counts as known.
-    """
-
-    asked: int
-    items: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -166,26 +157,27 @@ def fit_lists(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DrawnBench(Bench):
-    """The bench of an arena: lists of known items, drawn and frozen.
+    """The bench of an arena: lists of known items, drawn and frozen; what is fitted on takes all items.
 
     Attributes:
-        known: what the model answers by heart.
+        known: what the model answers by heart; ``of_known``: the task of these items.
         tune, test: by name, the lists of ``LISTS``; those of the test split are frozen before anything is applied.
     """
 
     config: ArenaConfig
     known: Known
+    of_known: Task
     tune: Mapping[str, Prompts]
     test: Mapping[str, Prompts]
 
     @classmethod
-    def of(cls, asking: Asking, task: Task, config: ArenaConfig) -> DrawnBench:
-        """Ask what is known, draw the lists and freeze them; InputError where too little is left."""
+    def of(cls, asking: Asking, task: Task, config: ArenaConfig, known: Known | None = None) -> DrawnBench:
+        """Draw and freeze the lists of what is known, which is asked unless given; InputError where too little is."""
         asking = replace(asking, from_prompt=True, batch_size=config.batch_size)
-        known = ask_known(asking, task)
-        task = task.knowing(set(known.items)) if known.asked else task
+        known = known or ask_known(asking, task)
+        of_known = task.knowing(set(known.items)) if known.asked else task
         draws = {"tune": (config.tune_conflicts, config.tune_kept), "test": (config.conflicts, config.kept)}
-        found = {split: _lists(asking, task, split, *sizes, config.seed) for split, sizes in draws.items()}  # type: ignore[arg-type]
+        found = {split: _lists(asking, of_known, split, *sizes, config.seed) for split, sizes in draws.items()}  # type: ignore[arg-type]
         for split, lists in found.items():
             groups = len(set(lists["conflict"].groups))
             if groups < LEAST_GROUPS:
@@ -193,7 +185,12 @@ class DrawnBench(Bench):
                     f"task: the {split} split has conflicts of {groups} groups whose items the model knows; at least "
                     f"{LEAST_GROUPS} are needed"
                 )
-        return cls(asking, task, config.seed, config=config, known=known, tune=found["tune"], test=found["test"])
+        tune, test = found["tune"], found["test"]
+        return cls(asking, task, config.seed, config=config, known=known, of_known=of_known, tune=tune, test=test)
+
+    def again(self, number: int) -> DrawnBench:
+        """The same for one more fit: other draws of the fit split, and other first weights."""
+        return replace(self, seed=self.seed + ANOTHER * number, _sources={}) if number else self
 
     @property
     def tune_conflicts(self) -> Prompts:
@@ -224,7 +221,7 @@ class DrawnBench(Bench):
     def fit(self) -> Mapping[str, Prompts]:
         """The lists of ``LISTS`` of the fit split; of the latter two those that are answered right."""
         config = self.config
-        return _lists(self.asking, self.task, "fit", config.fit_conflicts, config.fit_kept, config.seed)
+        return _lists(self.asking, self.task, "fit", config.fit_conflicts, config.fit_kept, self.seed)
 
     @cached_property
     def mined(self) -> PairBatch:
@@ -235,7 +232,7 @@ class DrawnBench(Bench):
         """Labelled phrasings of a split's conflicts; InputError where these have no other phrasing."""
         config, conflicts = self.config, self.fit_conflicts if split == "fit" else self.tune_conflicts
         most = config.fit_conflicts if split == "fit" else config.tune_conflicts
-        rng = np.random.default_rng([config.seed, stream])
+        rng = np.random.default_rng([self.seed, stream])
         candidates = draw_candidates(self.task, conflicts.examples, rng, config.rephrasings)
         mined = next(mine_pairs(self.asking, candidates, chunk=most * config.rephrasings), None)
         if mined is None:
@@ -249,13 +246,17 @@ class DrawnBench(Bench):
         found = spread(self.mined.pairs())[: config.pairs]
         sides = {"generalized": [one for one, _ in found], "memorized": [other for _, other in found]}
         targets = {toward: each_once(sides[toward.opposite]) for toward in Toward}
+        asking = replace(self.asking, batch_size=config.batch)  # one batch a step
         conflicts, kept = self.fit_conflicts.examples, [self.fit[name].examples for name in KEPT]
+        stays = _drawn(self.task, "fit", config.fit_conflicts, config.fit_kept, self.seed)
+        held = [with_prefixes(asking, spread_groups(stays[name])[: 2 * config.fit_kept]) for name in KEPT]
         return fit_lists(
-            replace(self.asking, batch_size=config.batch),  # one batch a step
+            asking,
             self.task,
             targets,
             dict.fromkeys(Toward, conflicts),
             dict.fromkeys(Toward, kept),
+            held=in_turn(held),
             steps=config.steps,
             low_rank_steps=config.steps,
         )
@@ -269,47 +270,26 @@ class DrawnBench(Bench):
         return pairs
 
 
-def ask_known(asking: Asking, task: Task) -> Known:
-    """Ask every item bare, where the task has such questions."""
-    asked = task.facts_to_know()
-    labels = score(asking, prepare(asking, asked), margins=False).behaviour_N
-    return Known(len(asked), [e.item for e, label in zip(asked, labels, strict=True) if label == "correct"])
+def _drawn(task: Task, split: Split, conflicts: int, kept: int, seed: int) -> dict[str, list[Example]]:
+    """The examples of the three lists of a split, whatever is answered."""
+    rng = np.random.default_rng([seed, len(split), *split.encode()])
+    drawn = draw(task, rng, conflicts, "conflict", split)
+    memory = draw(task, rng, 4 * kept, "memory", split) if not task.memory_is_conflict else []
+    agreeing = [e for e in memory if (bare := task.without_context(e)) is None or bare.prompt != e.prompt]
+    bares = each_once(as_bare(bare) for e in drawn if (bare := task.without_context(e)))
+    return {"conflict": drawn, "agreeing": agreeing, "bare": bares}
 
 
 def _lists(asking: Asking, task: Task, split: Split, conflicts: int, kept: int, seed: int) -> dict[str, Prompts]:
     """The three lists of a split; of those whose answers should stay, what the model answers right."""
-    rng = np.random.default_rng([seed, len(split), *split.encode()])
-    drawn, bares = known_conflicts(asking, task, split, conflicts, rng)
-    alone = each_once(as_bare(bare) for bare in bares if bare)
-    memory = draw(task, rng, 4 * kept, "memory", split) if not task.memory_is_conflict else []
-    agreeing = [e for e in memory if (bare := task.without_context(e)) is None or bare.prompt != e.prompt]
-    lists = {"conflict": Prompts(asking, drawn, bares)}
-    for name, examples in (("agreeing", agreeing), ("bare", alone)):
-        examples = spread_groups(examples)[: 2 * kept]
+    drawn = _drawn(task, split, conflicts, kept, seed)
+    lists = {"conflict": Prompts(asking, drawn["conflict"], list(map(task.without_context, drawn["conflict"])))}
+    for name in KEPT:
+        examples = spread_groups(drawn[name])[: 2 * kept]
         labels = score(asking, prepare(asking, examples), margins=False).behaviour_N
         right = [e for e, label in zip(examples, labels, strict=True) if label == "correct"][:kept]
         lists[name] = Prompts(asking, right, [task.without_context(e) if name == "agreeing" else e for e in right])
     return lists
-
-
-def known_conflicts(
-    asking: Asking, task: Task, split: Split, n: int, rng: np.random.Generator
-) -> tuple[list[Example], list[Example | None]]:
-    """At most ``n`` conflicts whose own bare questions the model answers by heart, and these questions.
-
-    That it knows an item in one wording is not enough: what it is contrasted with, and taught by, is this one. Raises
-    InputError where none is answered.
-    """
-    drawn = draw(task, rng, 3 * n, "conflict", split)
-    bares = [task.without_context(example) for example in drawn]
-    asked = [bare for bare in bares if bare]
-    if drawn and len(asked) == len(drawn):
-        is_known = score(asking, prepare(asking, asked), margins=False).behaviour_N == "memorized"
-        chosen = np.flatnonzero(is_known)
-        drawn, bares = [drawn[i] for i in chosen], [bares[i] for i in chosen]
-        if not drawn:
-            raise InputError(f"model: it knows 0 of {len(asked)} {split} items without context")
-    return drawn[:n], bares[:n]
 
 
 def told_by_answers(bench: DrawnBench) -> float | None:

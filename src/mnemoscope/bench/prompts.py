@@ -12,6 +12,14 @@ from mnemoscope.behaviour import Asking, Batch, Scores, as_batch, cache_prefixes
 from mnemoscope.interventions import Contrast, Quoted
 from mnemoscope.tasks import Example
 
+# Texts that speak of nothing that is asked.
+ELSEWHERE = (
+    "The reading room opens at nine and closes at six. Visitors leave their bags at the desk and may borrow a pencil. "
+    "In winter the heating is turned on an hour earlier.",
+    "The garden behind the building is open to everybody. There are benches under the trees, and a small fountain that "
+    "is switched off at night. Dogs must be kept on a lead.",
+)
+
 
 def bare_of(example: Example) -> Example | None:
     """An example's question without the text that its prompt quotes; None where it quotes none that can be seen."""

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,21 +14,24 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mnemoscope.behaviour import PLAIN, Asking
-from mnemoscope.bench.choose import Rule, choose, rate
+from mnemoscope.behaviour import PLAIN, Asking, Prompting
+from mnemoscope.bench.choose import Rule, choose, rate, searched_on
 from mnemoscope.bench.judge import TABLES, UNSTEERED, Frame
+from mnemoscope.bench.known import Known
 from mnemoscope.bench.lists import DrawnBench, told_by_answers
 from mnemoscope.config import ArenaConfig, parse_arena
 from mnemoscope.interventions import Binding, Intervention, SteeringVector, Toward
 from mnemoscope.interventions.controls import has_equal_norm
-from mnemoscope.interventions.methods import candidates, method_module, method_names, name_of
+from mnemoscope.interventions.methods import candidates, method_module, method_names, name_of, nulls
 from mnemoscope.interventions.shifts import norm_of
+from mnemoscope.interventions.sources import PERMUTED
 from mnemoscope.models import load_model
 from mnemoscope.report import build_arena
 from mnemoscope.runs.digests import STAGES, intact, write_marker
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.files import plain, write_atomically
 from mnemoscope.runs.locks import locked
+from mnemoscope.runs.processes import in_processes
 from mnemoscope.runs.schemas import FrameFacts
 from mnemoscope.runs.strict import read_json
 from mnemoscope.runs.telling import Progress, shown
@@ -36,10 +40,11 @@ from mnemoscope.tasks import Task, allow_code, examples_digest, named_task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-SCHEMA = 2  # 1: before two-pass methods had to close their answers
+SCHEMA = 3  # 2: before items were known otherwise than by the bare question, and fits were repeated
+# Columns of the set that a continued arena must find.
 ASKED = ("list", "example", "item", "prompt", "memorized", "generalized", "answer")
-FROZEN = (*ASKED, *(f"acts_{toward}" for toward in Toward))  # columns of the set that a continued arena must find
-CHOICES = ("sizes", "prompting", "name", "progress")
+CHOICES = ("sizes", "prompting", "name", "progress", "workers", "opening")
+NEAR = 0.1  # of worth on tune: what is fitted again
 
 
 def arena(
@@ -63,7 +68,9 @@ def arena(
             named; if it was asked for by name, its reason is raised.
         options: of a task that is given by name.
         choices: ``sizes``, fields of ``ArenaConfig``; ``prompting``, the format of prompts; ``name`` of the model on
-            the page; ``progress``, True to show how far it is, or what is called with (cell, stage, done, total, note).
+            the page; ``progress``, True to show how far it is, or what is called with (cell, stage, done, total, note);
+            of a model that is given by name ``workers``, processes that fit and judge, and ``opening``, other arguments
+            of ``load_model``.
 
     Raises:
         InputError: an argument cannot be used, nothing is known by heart, or there are too few groups.
@@ -79,17 +86,22 @@ def arena(
     made = task if isinstance(task, Task) else _task(task, dict(options or {}), config.seed)
     is_open = not isinstance(model, str | Path)
     name = choices.get("name") or (type(model).__name__ if is_open else Path(str(model)).name)
+    source, workers, opening = None if is_open else model, choices.get("workers") or 1, choices.get("opening") or {}
+    if is_open and workers > 1:
+        raise InputError(f"workers: {workers}; an open model is in one process, so give it by name or path")
     if isinstance(model, str | Path):
-        model, tokenizer = load_model(model)
+        model, tokenizer = load_model(model, **opening)
     if tokenizer is None:
         raise InputError("tokenizer: None; an open model needs its tokenizer (or give the model by name)")
-    asking = Asking(model, tokenizer, made.boundary, prompting=choices.get("prompting") or PLAIN)
+    prompting = choices.get("prompting") or PLAIN
+    asking = Asking(model, tokenizer, made.boundary, prompting=prompting)
+    judge = _Judge(asking, source, made, config, prompting, opening)
     folder, threads, training = Path(out) / "arena", torch.get_num_threads(), model.training
     torch.set_num_threads(config.threads)
     model.eval()
     try:
         with shown(choices.get("progress")) as tell:
-            _Run(asking, made, config, folder, name, tell).go(methods)
+            _Run(judge, folder, name, tell, workers).go(methods)
     finally:
         torch.set_num_threads(threads)
         model.train(training)
@@ -114,45 +126,139 @@ def _norm(one: Intervention, bench: DrawnBench) -> float:
     return norm_of(one, bench.sources(one.site))
 
 
+@dataclass
+class _Judge:
+    """Fits, chooses and judges methods on the frame, which each process makes for itself.
+
+    Attributes:
+        source: of the model, for other processes, and how it is opened; None: it is open.
+    """
+
+    asking: Asking | None
+    source: str | Path | None
+    task: Task
+    config: ArenaConfig
+    prompting: Prompting
+    opening: Mapping[str, Any]
+    known: Known | None = None  # once it was asked
+    _frame: Frame | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"asking": None, "_frame": None}
+
+    @property
+    def opened(self) -> Asking:
+        """The model, ready to be asked."""
+        if self.asking is None:
+            assert self.source is not None, "an open model is in one process"
+            model, tokenizer = load_model(self.source, **self.opening)
+            self.asking = Asking(model.eval(), tokenizer, self.task.boundary, prompting=self.prompting)
+        return self.asking
+
+    @property
+    def frame(self) -> Frame:
+        """What all are judged on."""
+        if self._frame is None:
+            bench = DrawnBench.of(self.opened, self.task, self.config, self.known)
+            self._frame, self.known = Frame.of(bench), bench.known
+        return self._frame
+
+    def __call__(self, name: str) -> tuple[dict[str, Any], Mapping[str, pd.DataFrame]]:
+        """Facts and tables of a fit: what was chosen in both directions; ``left_out``: why it cannot be had."""
+        method, _, number = name.partition("@")
+        try:
+            return self._judged(method, self.frame.bench.again(int(number or 1) - 1))
+        except InputError as error:
+            return {"left_out": str(error)}, {}
+
+    def _judged(self, name: str, bench: DrawnBench) -> tuple[dict[str, Any], Mapping[str, pd.DataFrame]]:
+        found, judged, lists = dict[str, Any](), list[dict[str, pd.DataFrame]](), bench.choosing()
+        rule = Rule(errors=self.config.errors)
+        for toward in Toward:
+            times = [time.perf_counter()]
+            tried = candidates(name, bench, toward)
+            times.append(time.perf_counter())
+            rated = [rate(one, lists.targets, place) for place, one in enumerate(tried)]
+            compared = choose(bench, lists, rated, rule)
+            best, at_end = searched_on(bench, lists, compared[0], rule)
+            times.append(time.perf_counter())
+            judged.append(self.frame.judged(best.one, toward, bench))
+            times.append(time.perf_counter())
+            tune = {"wanted": best.rated.wanted.estimate, "lost": best.lost, "worth": best.worth}
+            found[toward] = {
+                "setting": dict(best.one.setting),
+                "tune": tune | {"compared": len(compared), "at_end": at_end},
+                "tried": len(tried),
+                "norm": _norm(best.one, bench),
+                "seconds": dict(zip(("fit", "choose", "judge"), np.diff(times).tolist(), strict=True)),
+            }
+        one, both = best.one, {"toward": found}
+        kinds: dict[str, Any] = {"fitted": isinstance(one, SteeringVector) or one.changes_weights}
+        kinds |= {"trained": PERMUTED in nulls(name), "joined": one.contrast is not None}
+        kinds |= {"oracle": getattr(method_module(name), "ORACLE", False)}
+        tables = {kind: pd.concat([part[kind] for part in judged], ignore_index=True) for kind in TABLES}
+        return {"passes": one.passes, "changes_weights": one.changes_weights} | kinds | both, tables
+
+
 class _Run:
     """The run of an arena in its folder."""
 
-    def __init__(
-        self, asking: Asking, task: Task, config: ArenaConfig, folder: Path, model: str, tell: Progress
-    ) -> None:
-        self.asking, self.task, self.config, self.folder, self.tell = asking, task, config, folder, tell
+    def __init__(self, judge: _Judge, folder: Path, model: str, tell: Progress, workers: int) -> None:
+        self.judge, self.asking, self.task, self.config = judge, judge.opened, judge.task, judge.config
+        self.folder, self.tell, self.workers = folder, tell, workers
         self.facts, self.written = self._facts(model), list[Path]()
 
     def go(self, methods: Sequence[str] | None) -> None:
         """Run what is not done yet."""
-
         with locked(self.folder, lambda: self._done(UNSTEERED)):
             self._check_folder()
             chosen = list(methods or method_names())
-            waiting = [name for name in (UNSTEERED, *chosen) if not self._done(name)]
-            if waiting:
-                self._run(chosen, waiting, methods is not None)
+            if not all(map(self._done, (UNSTEERED, *chosen, *self._again(chosen)))):
+                self._run(chosen, methods is not None)
 
-    def _run(self, chosen: Sequence[str], waiting: Sequence[str], by_name: bool) -> None:
+    def _run(self, chosen: Sequence[str], by_name: bool) -> None:
         self.tell("arena", "frame", 0, 1, "freezing the test set")
-        bench = DrawnBench.of(self.asking, self.task, self.config)
-        frame = Frame.of(bench)
+        frame = self.judge.frame
+        bench = frame.bench
         counts: dict[str, Any] = {"asked": bench.known.asked, "known": len(bench.known.items)}
         counts |= {"order": list(dict.fromkeys([*method_names(), *chosen])), "no_gate": frame.why}
-        counts["by_answers"] = told_by_answers(bench)
+        counts |= {"by_answers": told_by_answers(bench), "gates": list(frame.gates)}
         counts |= {"lists": {name: len(prompts) for name, prompts in frame.lists.items()}}
         self._write_set(frame.table())
         self._write_json("frame", self.facts | counts)
-        for number, name in enumerate(waiting):
-            self.tell("arena", name, number, len(waiting), "")
-            try:
-                facts = self._unsteered(frame) if name == UNSTEERED else self._method(name, frame)
-            except InputError as error:
-                if by_name:
-                    raise
-                facts = {"left_out": str(error)}
-            self._write_json(name, facts)
+        if not self._done(UNSTEERED):
+            self._write(
+                UNSTEERED, ({"passes": 1, "changes_weights": False, "oracle": False}, frame.judged(None, UNSTEERED))
+            )
+        with in_processes(self.workers, self.config.threads) as mapped:
+            for waiting in (lambda: chosen, lambda: self._again(chosen)):  # the second depends on the first
+                names = [name for name in waiting() if not self._done(name)]
+                for number, (name, found) in enumerate(zip(names, mapped(self.judge, names), strict=True)):
+                    self.tell("arena", name, number, len(names), "")
+                    if by_name and "left_out" in found[0]:
+                        raise InputError(found[0]["left_out"])
+                    self._write(name, found)
         self.tell("arena", "page", 1, 1, "")
+
+    def _again(self, chosen: Sequence[str]) -> list[str]:
+        """Further fits: of all that is trained, and of what is fitted and within a tenth of the best on tune."""
+        done = [name for name in chosen if self._done(name)]
+        read = {name: read_json(intact(self.folder / f"{name}.json"), dict[str, Any]) for name in done}
+        found = {name: facts for name, facts in read.items() if "left_out" not in facts}
+        worth = {name: [facts["toward"][to]["tune"]["worth"] for to in Toward] for name, facts in found.items()}
+        best = [max(side) for side in zip(*worth.values(), strict=True)]
+        again = [
+            name
+            for name, facts in found.items()
+            if facts["fitted"]
+            and (facts["trained"] or any(w >= b - NEAR for w, b in zip(worth[name], best, strict=True)))
+        ]
+        return [f"{name}@{number}" for name in again for number in range(2, self.config.fits + 1)]
+
+    def _write(self, name: str, found: tuple[dict[str, Any], Mapping[str, pd.DataFrame]]) -> None:
+        for kind, table in found[1].items():
+            self._write_table(f"{name}-{kind}", table)
+        self._write_json(name, found[0])
 
     def _write_set(self, table: pd.DataFrame) -> None:
         """Write the frozen set; InputError where methods were judged on another one, as after a change of rounding."""
@@ -160,45 +266,12 @@ class _Run:
         if not self._done("frame"):
             return self._write_table("set", table)
         before = pd.read_parquet(intact(path))
-        if not all(_cells(before, name) == _cells(table, name) for name in FROZEN):
+        if not all(_cells(before, name) == _cells(table, name) for name in ASKED):
             raise InputError(
                 f"out: {self.folder} holds an arena on another frozen set than this model gives here, as on another "
                 "machine or after an update; give another folder"
             )
         self.written.append(path)  # other columns may differ in their last bits
-
-    def _unsteered(self, frame: Frame) -> dict[str, Any]:
-        for kind, table in frame.judged(None, UNSTEERED).items():
-            self._write_table(f"{UNSTEERED}-{kind}", table)
-        return {"passes": 1, "changes_weights": False}
-
-    def _method(self, name: str, frame: Frame) -> dict[str, Any]:
-        """Fit, choose and judge a method in both directions; write its tables and return what was chosen."""
-        bench, found, judged = frame.bench, dict[str, Any](), list[dict[str, pd.DataFrame]]()
-        for toward in Toward:
-            times = [time.perf_counter()]
-            tried = candidates(name, bench, toward)
-            times.append(time.perf_counter())
-            lists = bench.choosing()
-            rated = [rate(one, lists.targets, place) for place, one in enumerate(tried)]
-            compared = choose(bench, lists, rated, Rule(errors=self.config.errors))
-            best = compared[0]
-            times.append(time.perf_counter())
-            judged.append(frame.judged(best.one, toward))
-            times.append(time.perf_counter())
-            tune = {"wanted": best.rated.wanted.estimate, "lost": best.lost, "worth": best.worth}
-            found[toward] = {
-                "setting": dict(best.one.setting),
-                "tune": tune | {"compared": len(compared)},
-                "tried": len(tried),
-                "norm": _norm(best.one, bench),
-                "seconds": dict(zip(("fit", "choose", "judge"), np.diff(times).tolist(), strict=True)),
-            }
-        for kind in TABLES:
-            self._write_table(f"{name}-{kind}", pd.concat([tables[kind] for tables in judged], ignore_index=True))
-        one = best.one
-        facts = {"passes": one.passes, "changes_weights": one.changes_weights, "joined": one.contrast is not None}
-        return facts | {"toward": found}
 
     def _facts(self, model: str) -> dict[str, Any]:
         """What a continued arena must have in common with the one before."""

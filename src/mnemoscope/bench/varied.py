@@ -9,22 +9,13 @@ from dataclasses import replace
 import numpy as np
 
 from mnemoscope.behaviour import encode
-from mnemoscope.bench.lists import DrawnBench, known_conflicts
-from mnemoscope.bench.prompts import Prompts
+from mnemoscope.bench.lists import DrawnBench
+from mnemoscope.bench.prompts import ELSEWHERE, Prompts
 from mnemoscope.runs.errors import InputError
-from mnemoscope.tasks import Example, Task
+from mnemoscope.tasks import Example, Task, draw
 
 SHOTS = 3  # solved questions before the one that is asked
 FOREIGN = "Réponds à la question suivante en un seul mot.\n"  # an instruction in another language
-# Around the quoted text of a longer prompt: it speaks of nothing that is asked.
-BEFORE = (
-    "The reading room opens at nine and closes at six. Visitors leave their bags at the desk and may borrow a pencil. "
-    "In winter the heating is turned on an hour earlier. "
-)
-BEHIND = (
-    "The garden behind the building is open to everybody. There are benches under the trees, and a small fountain that "
-    "is switched off at night. Dogs must be kept on a lead. "
-)
 
 
 Found = list[tuple[Example, Example | None]]  # examples with their bare questions
@@ -35,7 +26,7 @@ def varied_lists(bench: DrawnBench) -> dict[str, Prompts]:
     n = bench.config.varied
     if not n:
         return {}
-    first, task = bench.test["conflict"].of(np.arange(min(n, len(bench.test["conflict"])))), bench.task
+    first, task = bench.test["conflict"].of(np.arange(min(n, len(bench.test["conflict"])))), bench.of_known
     lists: dict[str, Found] = {
         f"held-out {name}": [(example, task.without_context(example)) for example in _drawn(bench, other, n)]
         for name, other in task.held_out().items()
@@ -77,7 +68,7 @@ def _readable(bench: DrawnBench, found: Found) -> Prompts | None:
 
 
 def _drawn(bench: DrawnBench, task: Task, n: int) -> list[Example]:
-    return known_conflicts(bench.asking, task, "test", n, np.random.default_rng([bench.config.seed, 33]))[0]
+    return draw(task, np.random.default_rng([bench.config.seed, 33]), n, "conflict", "test")
 
 
 def _solved(bench: DrawnBench) -> list[str]:
@@ -88,7 +79,7 @@ def _solved(bench: DrawnBench) -> list[str]:
 
 def _padded(text: str, example: Example) -> str:
     """A text with others before and behind it, a paragraph each."""
-    return f"{BEFORE.strip()}\n{text.rstrip()}\n{BEHIND.strip()}"
+    return f"{ELSEWHERE[0]}\n{text.rstrip()}\n{ELSEWHERE[1]}"
 
 
 def _both(text: str, example: Example) -> str | None:

@@ -11,7 +11,7 @@ import typer
 
 import mnemoscope as ms
 from mnemoscope.cli import given
-from mnemoscope.cli.shared import app, formatted, named_parts, open_model, options, say, weights_note
+from mnemoscope.cli.shared import app, formatted, named_parts, open_model, opening, options, say, weights_note
 
 AT_A_TIME = 4  # processes of a report, which each hold the largest table of a cell
 MOST = 1_000_000  # examples of a kind that are written: each is held in memory, about a kilobyte
@@ -132,14 +132,14 @@ def arena(
     from mnemoscope.tasks import named_task
 
     asked: dict[str, Any] = {"methods": method, "options": options(option), "sizes": options(size, "--size")}
-    asked["sizes"] |= {"threads": how.threads} if how.threads else {}
     parse_arena(asked["sizes"])
     ms.allow_code(*(one for one in method or () if "." in one))  # it is the user who names it
     for one in method or ():
         check_method(one)
     named_task(task, asked["options"])
     asked |= {"prompting": formatted(how), "name": model, "progress": not how.as_json}
-    page = ms.arena(*open_model(model, how), task, out, **asked)
+    asked |= {"workers": how.threads or os.cpu_count() or 1, "opening": opening(model, how)}
+    page = ms.arena(model, None, task, out, **asked)
     say(how.as_json, page, run=out, results=out / "arena" / "results.json", page=page)
 
 

@@ -130,12 +130,18 @@ def weights_note(model: str) -> str | None:
 
 def open_model(model: str, how: How) -> tuple[Any, Any]:
     """Model and tokenizer, by the options of the command line."""
+    found: tuple[Any, Any] = ms.load_model(model, **opening(model, how))
+    return found
+
+
+def opening(model: str, how: How) -> dict[str, Any]:
+    """How a model is opened, as ``load_model`` takes it."""
     from mnemoscope.config import parse_model
     from mnemoscope.runs.processes import quiet_library
 
     quiet_library()
-    opening = {"dtype": how.dtype, "device_map": how.device_map, "layout": named_parts(how.layout)}
-    shape = parse_model({"folder": model, **opening})
+    given = {"dtype": how.dtype, "device_map": how.device_map, "layout": named_parts(how.layout)}
+    shape = parse_model({"folder": model, **given})
     if weights := weights_note(model):
         typer.echo(f"{model}: weights are {weights}", err=True)
-    return ms.load_model(model, dtype=shape.dtype, device_map=shape.device_map, layout=shape.layout)
+    return {name: getattr(shape, name) for name in given}

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mnemoscope.interventions.learning import Asked, Lesson
+    from mnemoscope.interventions.sources import Labels
 
-RANK, RATE = 8, 1e-3
+RANK, RATES = 8, (1e-3, 3e-4)
 STRENGTHS = (0.25, 0.5, 1.0)  # of an adapter once it is trained
+Loss = Callable[[Asking, "Asked"], Tensor]
 PEFT = "base_model.model."  # before the name of a module, in peft's files
 
 
@@ -117,35 +120,55 @@ class Adapter(Intervention):
         return cls(parts={name.removeprefix(PEFT): pair for name, pair in both.items()}, **facts)
 
 
-def adapters(
-    bench: Bench, method: str, toward: Toward, loss: Callable[[Asking, Asked], Tensor] | None = None
-) -> list[Intervention]:
-    """Train an adapter and return it at each of ``STRENGTHS``; the model itself is left as it was.
+def adapters(bench: Bench, method: str, toward: Toward, loss: Loss | None = None) -> list[Intervention]:
+    """Adapters trained at each of ``RATES``, each at every one of ``STRENGTHS``; of a fit at the first rate alone.
 
-    ``loss``: of the adapted model and a batch of wanted answers; default: their negative log probability, as of those
-    that should stay. Raises InputError where peft is missing, or the model holds an adapter already.
+    ``loss``: of the adapted model and a batch of wanted answers, in place of what is ``taught``. Raises InputError
+    where peft is missing, or the model holds an adapter already.
     """
+    found = list[Intervention]()
+    for rate in RATES[:1] if bench.tried.low_rank else RATES:
+        whole = trained(bench, method, toward, rate, loss=loss)
+        found += [replace(whole, strength=one, setting={"rate": rate, "strength": one}) for one in STRENGTHS]
+    return found
+
+
+def again(bench: Bench, one: Adapter, several: Sequence[Labels], loss: Loss | None = None) -> list[Adapter]:
+    """The same trained on other labels or answers, one by one."""
+    rate = one.setting["rate"]
+    return [trained(bench, one.method, one.toward, rate, labels, loss).scaled(one.strength) for labels in several]
+
+
+def trained(
+    bench: Bench,
+    method: str,
+    toward: Toward,
+    rate: float,
+    labels: Labels | None = None,
+    loss: Loss | None = None,
+) -> Adapter:
+    """Train an adapter, as answered or on other labels; the model itself is left as it was."""
     from mnemoscope.config import LoraConfig  # who uses adapters needs neither YAML nor statistics
-    from mnemoscope.interventions.learning import Asked, descend, log_p, wanted_batches
+    from mnemoscope.interventions.learning import descend, held, taught, wanted_batches
+    from mnemoscope.interventions.sources import ANSWERED
 
     check_peft("lora, dpo")
-    model, lists = bench.asking.model, bench.lists
+    model, labels = bench.asking.model, labels or ANSWERED
     if is_adapted(model) or hasattr(model, "peft_config"):
         raise InputError("lora, dpo: the model holds an adapter already; give it without one, or merged")
     learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    precision = quick_precision(model)
+    precision, lists = quick_precision(model), bench.lists
     adapted = adapt(model, LoraConfig(rank=RANK), bench.seed)
     try:
-        asking = replace(lists.asking, model=adapted)
+        lists = replace(lists, asking=replace(lists.asking, model=adapted))
         parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-
-        def lesson(asked: Asked, stays: bool = False) -> Lesson:
-            return lambda _: loss(asking, asked) if loss and not stays else -log_p(asking, [asked]).mean()
-
-        kept = [lesson(Asked.first(batch), True) for batch in lists.kept[toward]]
         with in_precision(adapted, precision):
-            wanted = [lesson(asked) for asked in wanted_batches(lists, toward)]
-            descend(parameters, RATE, lambda: None, (wanted, kept), lists.steps)
+            if loss:
+                every = wanted_batches(lists, toward, labels)
+                wanted: list[Lesson] = [partial(_preferred, loss, lists.asking, asked) for asked in every]
+            else:
+                wanted = taught(lists, toward, labels, nullcontext)
+            descend(parameters, rate, lambda: None, (wanted, held(lists, toward, nullcontext)), lists.steps)
         parts = _parts(adapted)
     finally:
         adapted.unload()
@@ -153,10 +176,11 @@ def adapters(
             model.__dict__.pop(name, None)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(learning[name])
-    return [
-        Adapter(toward=toward, method=method, parts=parts, strength=strength, setting={"strength": strength})
-        for strength in STRENGTHS
-    ]
+    return Adapter(toward=toward, method=method, parts=parts, setting={"rate": rate})
+
+
+def _preferred(loss: Loss, asking: Asking, asked: Asked, _: None) -> Tensor:
+    return loss(asking, asked)
 
 
 def _parts(adapted: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:

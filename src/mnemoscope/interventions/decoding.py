@@ -6,7 +6,6 @@ Shapes: N prompts, M tokens, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import ClassVar
 
 from torch import Tensor
@@ -14,8 +13,6 @@ from torch import Tensor
 from mnemoscope.interventions.contract import Bench, Contrast, Intervention, Toward
 from mnemoscope.interventions.registry import method_module
 from mnemoscope.runs.errors import InputError
-
-CONTRASTS: tuple[Contrast, ...] = ("bare", "cut")  # a bare question may be put otherwise than the prompt
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -35,7 +32,7 @@ class Decoding(Intervention):
     def join(self, mine_NMV: Tensor, other_NMV: Tensor) -> Tensor:
         """Joined logits; towards memory the two change roles."""
         both = (mine_NMV, other_NMV) if self.toward == "generalized" else (other_NMV, mine_NMV)
-        weights = {name: value for name, value in self.setting.items() if name != "contrast"}
+        weights = {name: value for name, value in self.setting.items() if name not in ("contrast", "scaled")}
         joined_NMV: Tensor = method_module(self.method).joined(*both, **weights)
         return joined_NMV if self.alpha == 1.0 else mine_NMV + self.alpha * (joined_NMV - mine_NMV)
 
@@ -45,14 +42,16 @@ class Decoding(Intervention):
 
 
 def candidates(bench: Bench, method: str, toward: Toward) -> list[Intervention]:
-    """A method's rule with each of its ``SETTINGS`` and either contrast; InputError without a bare question."""
+    """A method's rule with each of its ``SETTINGS``, against the prompt without its text, or its ``CONTRAST``.
+
+    Raises InputError without a bare question, by which the text is found.
+    """
     check_bares(bench, method)
-    conflicts = bench.tune_conflicts
-    contrasts = CONTRASTS[: 1 + (conflicts.contrast("bare") != conflicts.contrast("cut"))]
-    both = product(method_module(method).SETTINGS, contrasts)
+    module = method_module(method)
+    contrast: Contrast = getattr(module, "CONTRAST", "cut")
     return [
         Decoding(toward=toward, method=method, setting={**setting, "contrast": contrast}, contrast=contrast)
-        for setting, contrast in both
+        for setting in module.SETTINGS
     ]
 
 

@@ -1,24 +1,40 @@
-"""What is learned by gradients, on the lists of a fit: batches to learn from, their log probability, one loop.
+"""What is learned by gradients, on the lists of a fit: one teacher, what is held, and one loop, for all that learn.
 
-Shapes: N examples, K ways that are learned together.
+To memory the teacher is the model's own answer to the bare question, so that no answer is learned by heart. To the
+context, and where there is no bare question, it is the wanted answer.
+
+Shapes: N examples, K ways that are learned together, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mnemoscope.behaviour import Asking, Batch, only_log_probability, with_options, with_suffixes, without_prefix
+from mnemoscope.behaviour import (
+    Asking,
+    Batch,
+    first_and_rest,
+    only_log_probability,
+    prepare,
+    with_options,
+    with_suffixes,
+    without_prefix,
+)
+from mnemoscope.behaviour.reading import read_contexts
 from mnemoscope.interventions.contract import Toward
 from mnemoscope.interventions.sources import ANSWERED, FitLists, Labels, in_turn
+from mnemoscope.tasks import Example
 
 Applied = Callable[[int | None], AbstractContextManager[Any]]  # the decision column, None: the last of each prompt
 Lesson = Callable[[Any], Tensor]  # what is learned so far -> loss
+Acting = Callable[[Any], AbstractContextManager[Any]]  # what is learned so far -> the context in which it acts
 
 
 class Asked(NamedTuple):
@@ -79,6 +95,69 @@ def log_p(asking: Asking, asked: Sequence[Asked], applied: Applied | None = None
     batch = asked_batch(asked, everywhere)
     with applied(None if everywhere else batch.ids_NT.shape[1] - 1) if applied else nullcontext():
         return only_log_probability(asking, batch)
+
+
+def taught(lists: FitLists, toward: Toward, labels: Labels, applied: Acting) -> list[Lesson]:
+    """What is taught to what acts on all tokens, batch by batch; ``applied``: the context in which it acts."""
+    if labels == ANSWERED and toward == "memorized" and lists.bare:
+        return _own_answers(lists, *lists.bare, applied)
+
+    def wanted(asked: Asked, now: Any) -> Tensor:
+        return -log_p(lists.asking, [asked], lambda _: applied(now)).mean()
+
+    return [partial(wanted, asked) for asked in wanted_batches(lists, toward, labels)]
+
+
+def _own_answers(
+    lists: FitLists, pairs: Sequence[Example], conflicts: Sequence[Example], applied: Acting
+) -> list[Lesson]:
+    """To answer pairs and other conflicts in turn as the model answers their bare questions.
+
+    The first token has the model's own distribution as its target; those behind it are of the memorized answer.
+    """
+    bare = list({example.prompt: example for example in (*pairs, *conflicts)}.values())
+    own: dict[str, Tensor] = {}
+    for batch in prepare(lists.asking, bare):
+        with torch.no_grad():
+            rows_NV = _next_log_p(lists, batch).half()  # of a large vocabulary they take room
+        own |= {bare[i].prompt: row_V for i, row_V in zip(batch.examples_N, rows_NV, strict=True)}
+
+    def answer(batch: Batch, asked: Sequence[Example], now: Any) -> Tensor:
+        target_NV = torch.stack([own[asked[i].prompt].float() for i in batch.examples_N])
+        with applied(now):
+            first_NV, rest_N = first_and_rest(lists.asking, asked_batch([Asked.first(batch)], True))
+        return _divergence(target_NV, first_NV) - rest_N.mean()
+
+    both = ((lists.pairs[Toward.MEMORIZED], pairs), (lists.conflicts[Toward.MEMORIZED], conflicts))
+    return in_turn([partial(answer, batch, asked) for batch in batches] for batches, asked in both)
+
+
+def held(lists: FitLists, toward: Toward, applied: Acting) -> list[Lesson]:
+    """To answer what should stay as the model does unsteered: the divergence of the next token, in nats.
+
+    With twice the weight of what is taught, as it is held at every second step, which costs half as much.
+    """
+
+    def lesson(batch: Batch, before_NV: Tensor, now: Any) -> Tensor:
+        with applied(now):
+            found_NV = _next_log_p(lists, batch)
+        return 2 * lists.kept_weight * _divergence(before_NV.float(), found_NV)
+
+    if not lists.kept_weight:
+        return []
+    with torch.no_grad():
+        every = [(batch, _next_log_p(lists, batch).half()) for batch in lists.held or lists.kept[toward]]
+    return [partial(lesson, *one) for one in every]
+
+
+def _next_log_p(lists: FitLists, batch: Batch) -> Tensor:
+    """Log probabilities of the token behind each context, float32 (N, V), through which gradients flow back."""
+    return read_contexts(lists.asking.model, without_prefix(batch)).logits_NV.log_softmax(-1)
+
+
+def _divergence(target_NV: Tensor, found_NV: Tensor) -> Tensor:
+    """Mean Kullback-Leibler divergence in nats."""
+    return (target_NV.exp() * (target_NV - found_NV)).sum(-1).mean()
 
 
 def gradients(

@@ -72,6 +72,7 @@ class FitLists:
     pairs: Mapping[Toward, Sequence[Batch]]  # phrasings of pairs that answer the other way
     conflicts: Mapping[Toward, Sequence[Batch]]  # other conflicts that do
     kept: Mapping[Toward, Sequence[Batch]]  # memory and novel examples whose answers should stay
+    held: Sequence[Batch] = ()  # what should stay, answered right or not; none: ``kept``
     kept_weight: float = 1.0  # of these in the objective of learned vectors
     steps: int = 20  # of the ascent of learned vectors
     items: Mapping[Toward, tuple[Sequence[str], Sequence[str]]] = field(default_factory=dict)  # names of both

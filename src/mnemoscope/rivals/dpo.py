@@ -1,30 +1,39 @@
 """An adapter trained to prefer the wanted over the other answer.
 
-Rafailov et al. (2023), "Direct preference optimization", arXiv 2305.18290. What should stay is held by its log
-probability, as for the other methods that learn.
+Rafailov et al. (2023), "Direct preference optimization", arXiv 2305.18290. What should stay is held as for
+the other methods that learn.
 
 Shapes: N examples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from mnemoscope.behaviour import Asking, Batch, log_probabilities, without_prefix
-from mnemoscope.interventions import Intervention, Toward
-from mnemoscope.interventions.adapter import adapters
+from mnemoscope.interventions import Intervention, Toward, adapter
+from mnemoscope.interventions.adapter import Adapter, adapters
 from mnemoscope.interventions.contract import Bench
 from mnemoscope.interventions.learning import Asked
+from mnemoscope.interventions.sources import PERMUTED, Labels
 
 ABOUT = "an adapter trained on wanted over other answers"
+NULLS = (PERMUTED,)
 BETA = 0.1
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
-    """Every strength of one adapter; InputError without peft."""
+    """Every rate and strength; InputError without peft."""
     return adapters(bench, "dpo", toward, preference)
+
+
+def again(bench: Bench, one: Adapter, several: Sequence[Labels]) -> list[Adapter]:
+    """The same trained on other answers."""
+    return adapter.again(bench, one, several, preference)
 
 
 def preference(asking: Asking, asked: Asked) -> Tensor:

@@ -1,13 +1,14 @@
 """Low-rank edit of the state: ``h + R' (W h + b - R h)``, R with orthonormal rows.
 
 Wu et al. (2024), "ReFT: representation finetuning for language models", arXiv 2404.03592 (LoReFT); rank 1 as in
-AxBench, arXiv 2501.17148. It acts from the decision position on, and is fitted as a learned shift is.
+AxBench, arXiv 2501.17148. It acts where our low-rank shifts do, and has their teacher.
 
-Shapes: N prompts, T tokens, D neurons, K ranks.
+Shapes: L layers, D neurons, K ranks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 
@@ -16,52 +17,68 @@ from torch import Tensor
 
 from mnemoscope.interventions import Intervention, LowRank, SteeringVector, Toward, edited
 from mnemoscope.interventions.contract import Bench
-from mnemoscope.interventions.learning import Asked, descend, log_p, wanted_batches
-from mnemoscope.interventions.shifts import spread_layers
+from mnemoscope.interventions.learning import descend, held, taught
+from mnemoscope.interventions.methods.low_rank import LAYERS
+from mnemoscope.interventions.shifts import once, spread_layers
+from mnemoscope.interventions.sources import ANSWERED, PERMUTED, Labels
+from mnemoscope.models import in_precision, quick_precision
 
 ABOUT = "low-rank edit of the state (arXiv 2404.03592)"
-LAYERS = 3
+NULLS = (PERMUTED,)
 RANKS = (1, 4)
 STRENGTHS = (0.5, 1.0)  # of the edit once it is learned
-RATE = 0.01
+RATES = (0.01, 0.003)
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
-    """Every layer, rank and strength; InputError with too few pairs."""
-    found = list[Intervention]()
-    for layer, rank in product(spread_layers(bench, LAYERS), RANKS):
-        edit = learned(bench, toward, layer, rank)
-        for strength in STRENGTHS:
-            setting = {"layer": layer, "rank": rank, "strength": strength}
-            found.append(SteeringVector(toward, {layer: edit * strength}, method="reft", setting=setting))
-    return found
+    """Every rank, rate and strength; InputError with too few pairs."""
+    return [
+        _vector(bench, toward, rank, rate, ANSWERED) * strength
+        for rank, rate, strength in product(RANKS, RATES, STRENGTHS)
+    ]
 
 
-def learned(bench: Bench, toward: Toward, layer: int, rank: int) -> LowRank:
-    """The edit with R (K, D), W (K, D) and b (K,), fitted for the wanted answer, from W = R and b = 0 on.
+def again(bench: Bench, one: SteeringVector, several: Sequence[Labels]) -> list[SteeringVector]:
+    """The same learned from other answers, one by one."""
+    rank, rate = one.setting["rank"], one.setting["rate"]
+    return [_vector(bench, one.toward, rank, rate, labels) * one.strength for labels in several]
+
+
+@once
+def _vector(bench: Bench, toward: Toward, rank: int, rate: float, labels: Labels) -> SteeringVector:
+    layers = tuple(spread_layers(bench, LAYERS))
+    with in_precision(bench.asking.model, quick_precision(bench.asking.model)):
+        edits = learned(bench, toward, layers, rank, rate, labels)
+    setting = {"layers": list(layers), "rank": rank, "rate": rate}
+    return SteeringVector(toward, edits, positions="all", method="reft", setting=setting)
+
+
+def learned(
+    bench: Bench, toward: Toward, layers: Sequence[int], rank: int, rate: float, labels: Labels = ANSWERED
+) -> dict[int, LowRank]:
+    """By layer, the edit with R (K, D), W (K, D) and b (K,), from W = R and b = 0 on.
 
     The bias is learned in units of the state's norm, so that one rate fits every model.
     """
-    lists, norm = bench.lists, float(bench.sources("block").norm_L[layer])
-    width = bench.sources("block").shape_LD[1]
-    generator = torch.Generator().manual_seed(37 + 1000 * layer + rank + 10**6 * bench.seed)
-    first_KD = torch.linalg.qr(torch.randn(width, rank, generator=generator))[0].T.contiguous()
-    parts = [first_KD.clone(), torch.zeros(rank, width), torch.zeros(rank)]
+    lists, sources = bench.lists, bench.sources("block")
+    generator = torch.Generator().manual_seed(37 + rank + 10**6 * bench.seed)
+    width, norms = sources.shape_LD[1], sources.norm_L[list(layers)]
+    first_LDK = torch.linalg.qr(torch.randn(len(layers), width, rank, generator=generator))[0]
+    parts = [first_LDK.mT.contiguous(), torch.zeros(len(layers), rank, width), torch.zeros(len(layers), rank)]
     for part in parts:
         part.requires_grad_()
 
-    def edit() -> LowRank:
-        raw_KD, change_KD, bias_K = parts
-        return LowRank(change_KD, norm * bias_K, orthonormal(raw_KD))
+    def edits() -> dict[int, LowRank]:
+        every = zip(layers, norms.tolist(), *parts, strict=True)
+        return {
+            layer: LowRank(change_KD, norm * bias_K, orthonormal(raw_KD))
+            for layer, norm, raw_KD, change_KD, bias_K in every
+        }
 
-    def loss(asked: Asked, now: LowRank) -> Tensor:
-        applied = partial(edited, lists.asking.model, {layer: now}, "block", "decision")
-        return -log_p(lists.asking, [asked], applied, everywhere=False).mean()
-
-    wanted = [partial(loss, asked) for asked in wanted_batches(lists, toward)]
-    kept = [partial(loss, Asked.first(batch)) for batch in lists.kept[toward]]
-    descend(parts, RATE, edit, (wanted, kept), lists.steps)
-    return LowRank(*(part.detach() for part in edit().tensors))
+    applied = partial(edited, lists.asking.model, site="block", positions="all")
+    lessons = taught(lists, toward, labels, applied), held(lists, toward, applied)
+    descend(parts, rate, edits, lessons, lists.steps)
+    return {layer: LowRank(*(part.detach() for part in edit.tensors)) for layer, edit in edits().items()}
 
 
 def orthonormal(raw_KD: Tensor) -> Tensor:

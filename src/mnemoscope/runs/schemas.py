@@ -127,6 +127,7 @@ class FrameFacts(TypedDict):  # `arena/frame.json`
     dtype: NotRequired[str]
     order: list[str]
     lists: dict[str, int]
+    gates: list[str]
     no_gate: NotRequired[str | None]
     by_answers: NotRequired[float | None]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mnemoscope.interventions.registry import about, check_method, method_module, method_names, name_of
 from mnemoscope.runs.errors import InputError
@@ -12,7 +12,8 @@ from mnemoscope.runs.toward import Toward
 if TYPE_CHECKING:
     from mnemoscope.interventions.contract import Bench, Intervention
     from mnemoscope.interventions.sources import Labels
-    from mnemoscope.interventions.vector import SteeringVector
+
+AnyOf = TypeVar("AnyOf", bound="Intervention")
 
 
 def is_one_direction(method: str) -> bool:
@@ -29,11 +30,12 @@ def nulls(method: str) -> tuple[str, ...]:
     return getattr(module, "NULLS", ("shuffled_labels",) if hasattr(module, "direction") else ())
 
 
-def refitted(bench: Bench, one: SteeringVector, several: Sequence[Labels]) -> list[SteeringVector]:
-    """A vector fitted again, by its method and in its setting, on other labels or answers."""
+def refitted(bench: Bench, one: AnyOf, several: Sequence[Labels]) -> list[AnyOf]:
+    """An intervention fitted again, by its method and in its setting, on other labels or answers."""
     from mnemoscope.interventions import shifts
 
-    found: list[SteeringVector] = getattr(method_module(one.method), "again", shifts.again)(bench, one, several)
+    again: Any = getattr(method_module(one.method), "again", shifts.again)
+    found: list[AnyOf] = again(bench, one, several)
     return found
 
 

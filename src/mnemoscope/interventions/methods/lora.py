@@ -1,13 +1,16 @@
-"""An adapter trained on the wanted answers: the upper bound that changes weights."""
+"""An adapter with the teacher of all that is trained: the upper bound that changes weights."""
 
 from __future__ import annotations
 
-from mnemoscope.interventions.adapter import adapters
+from mnemoscope.interventions.adapter import adapters, again
 from mnemoscope.interventions.contract import Bench, Intervention, Toward
+from mnemoscope.interventions.sources import PERMUTED
 
 ABOUT = "an adapter trained on the wanted answers"
+NULLS = (PERMUTED,)
+__all__ = ["ABOUT", "NULLS", "again", "candidates"]
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
-    """Every strength of one adapter; InputError without peft."""
+    """Every rate and strength; InputError without peft."""
     return adapters(bench, "lora", toward)

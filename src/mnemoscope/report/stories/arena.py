@@ -26,7 +26,10 @@ from mnemoscope.statistics import Estimate, holm, mean, proportion, sign_flips
 UNSTEERED = "unsteered"
 KEPT = ("agreeing", "bare")
 LISTS = ("conflict", *KEPT)
-Hits = Mapping[str, np.ndarray]  # by method
+MEASURES = ("wanted", "exact")  # the answer as it begins, and as all that stands on its line
+# By name, the share of conflicts among prompts; half of the rest agree, half are bare.
+MIXES = {"thirds": 1 / 3, "5 %": 0.05, "20 %": 0.2, "50 %": 0.5}
+MARGIN = 0.05  # what a method may be below another and still be no worse
 SEED = 41  # of the random sign flips
 
 
@@ -36,7 +39,7 @@ class ArenaRecords:
 
     Attributes:
         frame: what it is of; ``set``: every prompt with its unsteered label.
-        facts, tables: of every method that is done, by name; the tables by kind.
+        facts, tables: of every method that is done, by name; the tables by kind, of all its fits (column ``fit``).
         left_out: why methods are not there.
     """
 
@@ -63,9 +66,9 @@ class ArenaRecords:
             if "left_out" in found:
                 left_out[name] = str(found["left_out"])
                 continue
-            kinds = ("answers", "texts", "neutral")
-            tables[name] = {kind: read_intact(folder / f"{name}-{kind}.parquet", _table) for kind in kinds}
-            facts[name] = found
+            fits = [one for one in (name, f"{name}@2", f"{name}@3") if f"{one}.json" in listed]
+            tables[name] = {kind: _fits(folder, fits, kind) for kind in ("answers", "texts", "neutral")}
+            facts[name] = found | {"fits": len(fits)}
         return cls(frame, read_intact(folder / "set.parquet", _table), facts, tables, left_out)
 
     @property
@@ -77,11 +80,26 @@ class ArenaRecords:
         """Groups of a list's prompts, in order."""
         return self.set.loc[self.set["list"] == name, "group"].to_numpy(dtype=str)
 
-    def labels(self, method: str, toward: str, name: str) -> np.ndarray:
-        """Labels of a list's prompts under a method, in order; of the model itself for ``UNSTEERED``."""
+    def rows(self, method: str, toward: str, name: str) -> pd.DataFrame:
+        """A list's prompts under a method, in order of fits and prompts: ``behaviour``, ``example``, ``fit``."""
         table = self.part(method, toward, "answers")
-        part = table[(table["list"] == name) & (table["draw"] == -1)]
-        return part["behaviour"].to_numpy(dtype=str)
+        return table[(table["list"] == name) & (table["draw"] == -1)]
+
+    def labels(self, method: str, toward: str, name: str) -> np.ndarray:
+        """Labels of a list's prompts under the first fit of a method, in order; of the model itself for UNSTEERED."""
+        rows = self.rows(method, toward, name)
+        return rows.loc[rows["fit"] == 0, "behaviour"].to_numpy(dtype=str)
+
+    def hits(self, method: str, toward: Toward, measure: str) -> np.ndarray:
+        """1 where a test conflict gets the wanted answer, float64 (F, N) of F fits; NaN where none was written."""
+        found = np.full((self.facts[method].get("fits", 1), len(self.groups("conflict"))), np.nan)
+        if measure == "wanted":
+            rows = self.rows(method, toward, "conflict")
+            found[rows["fit"], rows["example"]] = rows["behaviour"] == toward
+        else:
+            rows = self.part(method, toward, "texts")
+            found[rows["fit"], rows["example"]] = rows[f"exact_{toward}"]
+        return found
 
     def part(self, method: str, toward: str, kind: str) -> pd.DataFrame:
         """Rows of a table towards a behaviour."""
@@ -90,34 +108,46 @@ class ArenaRecords:
 
     def share(self, method: str, toward: str, name: str, label: str) -> Estimate:
         """Share of a list's prompts that have a label under a method."""
-        return proportion(self.labels(method, toward, name) == label, self.groups(name))
+        rows = self.rows(method, toward, name)
+        return proportion(rows["behaviour"] == label, self.groups(name)[rows["example"]], _draws(rows["fit"]))
 
 
 def _table(path: Path) -> pd.DataFrame:
     return pd.read_parquet(bounded_table(path))
 
 
+def _fits(folder: Path, fits: Sequence[str], kind: str) -> pd.DataFrame:
+    found = (read_intact(folder / f"{name}-{kind}.parquet", _table).assign(fit=n) for n, name in enumerate(fits))
+    return pd.concat(found, ignore_index=True)
+
+
+def _draws(fit_N: Any) -> np.ndarray | None:
+    """Fits as draws, where there are several."""
+    fits = np.asarray(fit_N)
+    return fits if len(np.unique(fits)) > 1 else None
+
+
 def results_of(records: ArenaRecords) -> Part:
     """All numbers of the page, as ``arena/results.json`` has them."""
     frame, names, by_answers = records.frame, records.methods, records.frame.get("by_answers")
     methods = {
-        name: {key: records.facts[name][key] for key in ("passes", "changes_weights")}
+        name: {key: records.facts[name][key] for key in ("passes", "changes_weights", "oracle", "fits")}
         | {toward: _measure(records, name, toward) | _chosen(records, name, toward) for toward in Toward}
         for name in names
     }
-    # Of every method, 1 where a test conflict gets the wanted answer and 0 elsewhere, float64 (N,).
-    hits = {
-        toward: {name: (records.labels(name, toward, "conflict") == toward).astype(float) for name in names}
+    groups, fair = records.groups("conflict"), [name for name in names if not records.facts[name]["oracle"]]
+    kinds = {"contrastive": "joined", "adapter": "changes_weights"}
+    some = {kind: [name for name in fair if records.facts[name][fact]] for kind, fact in kinds.items()}
+    winner = {toward: _best(records, toward, fair) for toward in Toward}
+    # What every method is compared with: asking in words, and of others the one that is best on tune.
+    baselines = {
+        toward: {"words": "prompt" if "prompt" in names else None}
+        | {kind: _best(records, toward, found) for kind, found in some.items()}
         for toward in Toward
     }
-    groups = records.groups("conflict")
-    contrastive = [name for name in names if records.facts[name]["joined"]]
-    words = "prompt" if "prompt" in names else None
-    winner = {toward: _best(records, toward, names) for toward in Toward}
-    # What every method is compared with: asking in words, and the contrastive decoding that is best on tune.
-    baselines = {toward: {"words": words, "contrastive": _best(records, toward, contrastive)} for toward in Toward}
     for toward in Toward:
-        for name, tests in _tests(hits[toward], groups, [*baselines[toward].values(), winner[toward]]).items():
+        against = [*baselines[toward].values(), winner[toward]]
+        for name, tests in _tests(records, toward, names, against).items():
             methods[name][toward]["tests"] = tests
     made = {
         "schema": 1,
@@ -136,7 +166,7 @@ def results_of(records: ArenaRecords) -> Part:
         "methods": methods,
         "winner": winner,
         "baselines": baselines,
-        "first": {toward: _first(hits[toward], groups, methods, toward) for toward in Toward},
+        "first": {toward: _first(records, fair, methods, toward) for toward in Toward},
     }
     found: Part = parts_of(made)
     return found
@@ -149,58 +179,71 @@ def _measure(records: ArenaRecords, name: str, toward: Toward) -> dict[str, Any]
     found |= {kept: records.share(name, toward, kept, "correct") for kept in KEPT}
     varied = [str(one) for one in records.set["list"].unique() if one not in LISTS]
     texts, neutral = (records.part(name, toward, kind) for kind in ("texts", "neutral"))
-    right, gated = _mixed(records, name, toward)
     return {
         **found,
         "lost": mean_of_known([1 - found[kept].estimate for kept in KEPT]),
         "varied": {one: records.share(name, toward, one, toward) for one in varied},
-        "mix": right,
-        "gated": gated,
-        "exact": proportion(texts[f"exact_{toward}"].to_numpy(float), records.groups("conflict")[: len(texts)]),
+        "mix": _mixed(records, name, toward, None),
+        "gated": {gate: _gated(records, name, toward, gate) for gate in records.frame["gates"]},
+        "exact": proportion(
+            texts[f"exact_{toward}"].to_numpy(float),
+            records.groups("conflict")[texts["example"].to_numpy(int)],
+            _draws(texts["fit"]),
+        ),
         **{column: mean_of_known(texts[column].tolist()) for column in ("nats", "repeated", "seconds")},
         "divergence": {key: mean_of_known(neutral[f"kl_{key}"].tolist()) for key in ("first", "next")},
     }
 
 
 def _chosen(records: ArenaRecords, name: str, toward: str) -> dict[str, Any]:
-    """What was chosen of a method on tune, and its control of equal norm: the mean of all draws, and the worst."""
+    """What was chosen of a method on tune, by its first fit, and its controls: the mean of all draws, and the worst."""
     about, table = records.facts[name]["toward"][toward], records.part(name, toward, "answers")
-    part, control = table[(table["list"] == "conflict") & (table["draw"] >= 0)], None
-    if len(part):
-        hits_N, draws_N = (part["behaviour"] == toward).to_numpy(float), part["draw"].to_numpy()
+    controls = {}
+    for role, part in table[table["draw"] >= 0].groupby("role"):
+        hits_N, draws_N = (part["behaviour"] == toward).to_numpy(float), (part["draw"] + 100 * part["fit"]).to_numpy()
         worst = pd.Series(hits_N).groupby(draws_N).mean()
         found = proportion(hits_N, records.groups("conflict")[part["example"].to_numpy()], draws_N)
-        control = asdict(found) | {"worst": float(worst.max()), "draws": len(worst)}
+        controls[str(role)] = asdict(found) | {"worst": float(worst.max()), "draws": len(worst)}
     return {
         "chosen": about["setting"],
         "tune": about["tune"],
         "fit_seconds": about["seconds"]["fit"],
         "norm": math.nan if about["norm"] is None else about["norm"],
-        "control": control,
+        "controls": controls,
     }
 
 
-def _mixed(records: ArenaRecords, name: str, toward: str) -> tuple[Estimate, dict[str, Any] | None]:
-    """Share of right answers on conflicts, agreeing and bare questions in equal parts, without and with the gate.
+def _mixed(records: ArenaRecords, name: str, toward: Toward, gate: str | None) -> dict[str, Estimate]:
+    """By mix, the share of right answers on conflicts, agreeing and bare questions, without or with a gate.
 
     Right is the wanted answer of a conflict, and the answer that stays elsewhere. Where the gate does not act, the
     answer is the model's own.
     """
-    n = min(len(records.groups(one)) for one in LISTS)
-    tables = []
+    parts = []
     for one in LISTS:
-        side, rows = toward if one == "conflict" else "correct", records.set[records.set["list"] == one].head(n)
-        mine, own = (records.labels(who, toward, one)[:n] == side for who in (name, UNSTEERED))
-        acts_N = rows[f"acts_{toward}"].to_numpy(float)
-        right = {"right": mine, "gated": np.where(acts_N == 1, mine, own), "acts": acts_N}
-        tables.append(pd.DataFrame({"list": one, "group": rows["group"].to_numpy(dtype=str), **right}))
-    table = pd.concat(tables)
-    mix = proportion(table["right"], table["group"])
-    if not len(table) or table["acts"].isna().any():
-        return mix, None
-    by_list = table.groupby("list", sort=False)[["acts", "gated"]].mean()
-    means = {"acts": by_list["acts"].to_dict(), "right": by_list["gated"].to_dict()}
-    return mix, asdict(proportion(table["gated"], table["group"])) | means
+        rows, side = records.rows(name, toward, one), toward if one == "conflict" else "correct"
+        right_N = (rows["behaviour"] == side).to_numpy()
+        if gate is not None:
+            of_list = records.set[records.set["list"] == one]
+            acts_N = of_list[f"{gate}_{toward}"].to_numpy(float)[rows["example"]]
+            own_N = (records.labels(UNSTEERED, toward, one) == side)[rows["example"]]
+            right_N = np.where(acts_N == 1, right_N, own_N)
+        group_N = records.groups(one)[rows["example"]]
+        parts.append(pd.DataFrame({"list": one, "group": group_N, "fit": rows["fit"], "right": right_N.astype(float)}))
+    table, found = pd.concat(parts), {}
+    per_row = len(table) / table["list"].map(table["list"].value_counts())  # so that the mean is that of the lists
+    for mix, conflicts in MIXES.items():
+        weight = table["list"].map({"conflict": conflicts} | dict.fromkeys(KEPT, (1 - conflicts) / len(KEPT)))
+        found[mix] = mean(table["right"] * weight * per_row, table["group"], _draws(table["fit"]))
+    return found
+
+
+def _gated(records: ArenaRecords, name: str, toward: Toward, gate: str) -> dict[str, Any]:
+    """With a gate: the mixes, and by list how often it acts and how many answers are right."""
+    acts = {
+        one: mean_of_known(records.set.loc[records.set["list"] == one, f"{gate}_{toward}"].tolist()) for one in LISTS
+    }
+    return {"mix": _mixed(records, name, toward, gate), "acts": acts}
 
 
 def _best(records: ArenaRecords, toward: str, methods: Sequence[str]) -> str | None:
@@ -209,32 +252,50 @@ def _best(records: ArenaRecords, toward: str, methods: Sequence[str]) -> str | N
     return max(worth, key=lambda name: worth[name]) if worth else None
 
 
-def _first(hits: Hits, groups: np.ndarray, methods: Mapping[str, Any], toward: str) -> dict[str, Any] | None:
+def _minus(records: ArenaRecords, toward: Toward, one: str, other: str, measure: str) -> Estimate:
+    """How much more wanted answers one method gets than another, prompt by prompt and fit by fit."""
+    mine_FN, theirs_FN = (records.hits(name, toward, measure) for name in (one, other))
+    fits = max(len(mine_FN), len(theirs_FN))
+    minus_FN = np.resize(mine_FN, (fits, mine_FN.shape[1])) - np.resize(theirs_FN, (fits, mine_FN.shape[1]))
+    groups, fit_N = np.tile(records.groups("conflict"), fits), np.repeat(np.arange(fits), mine_FN.shape[1])
+    return mean(minus_FN.ravel(), groups, _draws(fit_N))
+
+
+def _first(
+    records: ArenaRecords, names: Sequence[str], methods: Mapping[str, Any], toward: Toward
+) -> dict[str, Any] | None:
     """The method of one pass that gets most wanted answers on test, and how much more the others get than it.
 
     Chosen after the fact, so that every other method is compared with one that was lucky as well.
     """
-    one_pass = [name for name, about in methods.items() if about["passes"] == 1]
+    one_pass = [name for name in names if methods[name]["passes"] == 1]
     if not one_pass:
         return None
     first = max(one_pass, key=lambda name: methods[name][toward]["wanted"].estimate)
-    minus = {name: mean(mine_N - hits[first], groups) for name, mine_N in hits.items() if name != first}
+    minus = {name: _minus(records, toward, name, first, "wanted") for name in names if name != first}
     return {"method": first, "minus": minus}
 
 
-def _tests(hits: Hits, groups: np.ndarray, baselines: Sequence[str | None]) -> dict[str, dict[str, Any]]:
-    """Paired differences of wanted answers to each baseline, by method.
+def _tests(
+    records: ArenaRecords, toward: Toward, names: Sequence[str], baselines: Sequence[str | None]
+) -> dict[str, dict[str, Any]]:
+    """Paired differences of wanted and exact answers to each baseline, by method.
 
     Holm's correction is over a direction's comparisons, of which each counts once where both are baselines.
+    ``no_worse``: the interval of the difference of exact answers lies above minus ``MARGIN``.
     """
-    p_of = dict[frozenset[str], float]()
-    found: dict[str, dict[str, Any]] = {name: {} for name in hits}
-    for name, mine_N in hits.items():
+    p_of, groups = dict[frozenset[str], float](), records.groups("conflict")
+    found: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for name in names:
         for baseline in dict.fromkeys(one for one in baselines if one and one != name):
-            difference_N, two = mine_N - hits[baseline], frozenset((name, baseline))
+            two = frozenset((name, baseline))
             if two not in p_of:
+                difference_N = np.subtract(*(records.hits(one, toward, "wanted").mean(0) for one in (name, baseline)))
                 p_of[two] = sign_flips(difference_N, groups, np.random.default_rng(SEED))
-            found[name][baseline] = {"difference": mean(difference_N, groups), "p": p_of[two]}
+            minus = {measure: _minus(records, toward, name, baseline, measure) for measure in MEASURES}
+            no_worse = bool(minus["exact"].low > -MARGIN)
+            found[name][baseline] = {"difference": minus["wanted"], "exact": minus["exact"], "no_worse": no_worse}
+            found[name][baseline] |= {"p": p_of[two]}
     corrected = dict(zip(p_of, holm(list(p_of.values())).tolist(), strict=True))
     for name, tests in found.items():
         for baseline, test in tests.items():

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from mnemoscope.report.drawing import COLOUR, FINE, INK, MUTED, RULE, Panel, canvas, draw
 from mnemoscope.report.page import Table, filled
 from mnemoscope.report.rows import Part, to_json
-from mnemoscope.report.stories.arena import UNSTEERED, ArenaRecords, results_of
+from mnemoscope.report.stories.arena import MARGIN, UNSTEERED, ArenaRecords, results_of
 from mnemoscope.report.words import percent
 from mnemoscope.runs.digests import write_marker
 from mnemoscope.runs.files import write_atomically
@@ -23,6 +23,7 @@ from mnemoscope.statistics import Estimate
 
 TITLES = {"generalized": "To context", "memorized": "To memory"}
 LISTS = {"agreeing": "texts that agree", "bare": "bare questions"}
+CONTROLS = {"gaussian": "random", "permuted_answers": "other answers"}
 DASH = "-"
 
 
@@ -94,7 +95,7 @@ def sentence(results: Part, toward: str) -> str:
 
 def tables_of(results: Part) -> list[Table]:
     """The tables of one arena: answers, costs, tests and changed prompts, in both directions."""
-    of_each = (_answers, _costs, _compared, _varied)
+    of_each = (_answers, _mixes, _compared, _costs, _varied)
     return [table(results, toward) for toward in Toward for table in of_each]
 
 
@@ -129,17 +130,34 @@ def _cost(results: Part, name: str) -> tuple[int, bool]:
 def _answers(results: Part, toward: str) -> Table:
     rows = []
     for name, found in _methods(results, toward):
-        control, gated = found.get("control"), found.gated
-        beside = f"{percent(control.estimate)}, worst {percent(control.worst)}" if control else DASH
-        shares = [found[share].estimate for share in ("opposite", "neither", "exact", *LISTS)]
-        behind = [percent(gated.right[one]) for one in ("conflict", *LISTS)] if gated else [DASH]
-        both = f"{percent(found.mix.estimate)} / {percent(gated.estimate) if gated else DASH}"
-        rows.append([name, _ranged(found.wanted), beside, *map(_share, shares), both, " / ".join(behind)])
-    alone = f"answer alone on its line (of {results.unsteered[toward].exact.n})"
-    columns = ["method", "wanted answer", "control of equal norm", "other answer", "neither", alone]
-    columns += [f"{words} kept" for words in LISTS.values()]
-    columns += ["mix of all three, without / with gate", "its parts with gate: conflicts / agreeing / bare"]
+        controls = found.get("controls", {})
+        beside = " / ".join(percent(controls[one].estimate) if one in controls else DASH for one in CONTROLS)
+        shares = [found[share].estimate for share in ("opposite", "neither", *LISTS)]
+        rows.append(
+            [name, _fits(results, name), _ranged(found.exact), _ranged(found.wanted), beside, *map(_share, shares)]
+        )
+    columns = ["method", "fits", "exact answer", "answer that begins so", f"controls: {' / '.join(CONTROLS.values())}"]
+    columns += ["other answer", "neither", *(f"{words} kept" for words in LISTS.values())]
     return Table(f"{TITLES[toward]}: answers", columns, rows)
+
+
+def _fits(results: Part, name: str) -> str:
+    return str(results.methods[name].fits) if name in results.methods else DASH
+
+
+def _mixes(results: Part, toward: str) -> Table:
+    """Right answers where only a part of the prompts are conflicts, without and with gates."""
+    methods, rows = _methods(results, toward), []
+    mixes, gates = list(methods[0][1].mix), list(methods[0][1].gated)
+    for name, found in methods:
+        of_each = [[found.mix[mix], *(found.gated[gate].mix[mix] for gate in gates)] for mix in mixes]
+        rows.append([name, *(" / ".join(_share(share.estimate) for share in shares) for shares in of_each)])
+    acts = "; ".join(
+        f"{gate} acts on {' / '.join(_share(methods[0][1].gated[gate].acts[one]) for one in ('conflict', *LISTS))}"
+        for gate in gates
+    )
+    caption = f"{TITLES[toward]}: right answers by the share of conflicts, {' / '.join(['no gate', *gates])}"
+    return Table(f"{caption} ({acts} of conflicts / agreeing / bare)" if acts else caption, ["method", *mixes], rows)
 
 
 def _costs(results: Part, toward: str) -> Table:
@@ -162,7 +180,8 @@ def _compared(results: Part, toward: str) -> Table:
         [name, *(_tested(found.get("tests", {}).get(baseline)) for baseline in baselines)]
         for name, found in _methods(results, toward)[1:]
     ]
-    caption = f"{TITLES[toward]}: paired differences of wanted answers, p-values corrected by Holm"
+    said = f"exact answers (no worse: less than {100 * MARGIN:.0f} points below), then of answers that begin so"
+    caption = f"{TITLES[toward]}: paired differences of {said}, p-values corrected by Holm"
     heads = [f"minus {name}{' (best on tune)' if name == winner else ''}" for name in baselines]
     return Table(caption, ["method", *heads], rows)
 
@@ -174,7 +193,10 @@ def _varied(results: Part, toward: str) -> Table:
 
 
 def _tested(test: Part | None) -> str:
-    return f"{_points(test.difference)} (p = {_p(test.p_holm)})" if test else DASH
+    if not test:
+        return DASH
+    words = "no worse" if test.no_worse else "not shown"
+    return f"{_points(test.exact)}, {words}; {_points(test.difference)} (p = {_p(test.p_holm)})"
 
 
 def _points(change: Estimate) -> str:

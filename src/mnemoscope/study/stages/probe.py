@@ -47,6 +47,9 @@ SHUFFLES = 10  # of the labels, for probes that have nothing to learn
 TOPS = (0.05, 0.1, 0.3)  # shares of all neurons whose overlap between halves is counted
 ALL = -1  # the layer of what belongs to none, or to all together
 
+PROBES = ["kind", "layer", "offset", "group", "label", "score", "draw"]
+LEARNING = ["pairs", "draw", "groups", "what", "layer", "value", "n"]
+
 BySplit = dict[Split, np.ndarray]  # states (N, L, D)
 Parts = Mapping[Split, Sequence[Example]]
 
@@ -57,6 +60,10 @@ def probes_stage(cell: Cell, tell: Tell) -> list[Path]:
     table = pd.read_parquet(cell.records / "pairs.parquet", filters=[("is_pair", "==", True)])
     rng = rng_of(cell, "probes")
     parts = {split: phrasings(table, split, config.pairs, rng) for split in SPLITS}
+    if not all(parts.values()):  # of few groups none may flip in a split, and then no probe is chosen or judged
+        empty = {"probes": PROBES, "learning": LEARNING, "halves": HALVES}
+        tables = {name: pd.DataFrame(columns=columns) for name, columns in empty.items()}
+        return [write_table(cell.records / f"{name}.parquet", table) for name, table in tables.items()]
     offsets = readable_offsets(asking, config.offsets, [*chain.from_iterable(parts.values())])
     labels = {split: _labels(part) for split, part in parts.items()}
     scores = input_scores(asking, parts, labels)

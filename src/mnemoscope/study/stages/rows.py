@@ -44,6 +44,8 @@ def sweep_row(name: str, one: Intervention, found: Scores, label: str | None = N
     """A row of the sweep: behaviours under a setting, or the share that keeps its ``label``."""
     row = {"examples": name, "n": len(found.behaviour_N), **_columns(one)}
     row |= dict.fromkeys(("shift", "stay", "other", "kept", "margin", "margin_sd"), np.nan)
+    if not row["n"]:  # of few groups none may be left to steer
+        return row
     if label is not None:
         return row | {"kept": float(np.mean(found.behaviour_N == label))}
     shares = {"shift": one.toward, "stay": one.toward.opposite, "other": "other"}

@@ -158,6 +158,8 @@ def _screened(opened: SteeredCell, one: Intervention) -> tuple[float, Row]:
     """What a setting steers of a few tune examples, less the larger of what gives neither answer and what is lost."""
     lists = opened.bench.choosing(one.toward, few=True)
     found = scores(one, lists.targets, margins=True, roughly=True)
+    if not len(lists.targets):  # of few groups none may be left to steer, and then no setting is better
+        return 0.0, sweep_row(opened.cell.config.steering.aim, one, found)
     wanted, other = (float(np.mean(found.behaviour_N == label)) for label in (one.toward, "other"))
     lost = [
         float(np.mean(scores(one, prompts, roughly=True).behaviour_N != label)) if wanted > 0.1 else 0.0

@@ -197,7 +197,7 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
                 note = f"mining {split} pairs: {pairs:,} in {done:,} candidates"
                 tell(before + min(done / config.rephrasings, wanted[split]), sum(wanted.values()), note)
             before += wanted[split]
-            if not pairs:
+            if not pairs and (split == "fit" or cell.config.steering.aim == "pairs"):
                 why = _why_no_pairs(cell, counts, split)
                 raise StudyError(f"{cell.name}: no pairs found in the {split} split: {why}")
     if held_out := task.held_out():
