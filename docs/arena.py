@@ -25,7 +25,7 @@ from mnemoscope.statistics import Estimate
 OURS = ("gradient", "learned", "low-rank")
 KINDS = {
     "a sentence in the prompt": ("prompt",),
-    "contrastive decoding, two passes": ("cad", "adacad", "coiecd"),
+    "contrastive decoding, two passes": ("cad", "adacad", "coiecd", "grd", "nwcad"),
     "an oracle: the bare question, or no text": ("cad-bare", "delete"),
     "one vector, ours": ("gradient", "learned"),
     "one vector, others'": ("caa", "nmd", "iti", "knob"),

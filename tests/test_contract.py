@@ -33,7 +33,7 @@ from mnemoscope.models import backbone_of
 from mnemoscope.runs.errors import InputError
 
 Fitted = dict[tuple[str, Toward], Intervention]
-ASKING = ("prompt", "delete", "cad", "cad-bare", "adacad", "coiecd", "sharper")  # these change no pass
+ASKING = ("prompt", "delete", "cad", "cad-bare", "adacad", "coiecd", "grd", "nwcad", "sharper")  # these change no pass
 EVERY = [*method_names(), *map(name_of, PLANTED)]
 
 

@@ -24,7 +24,7 @@ from mnemoscope.interventions.decoding import Decoding
 from mnemoscope.interventions.learning import Asked
 from mnemoscope.interventions.methods import candidates
 from mnemoscope.models import adapt, blocks_of, core_of, heads_of
-from mnemoscope.rivals import adacad, caa, coiecd, dpo, ircan, iti, knob, reft
+from mnemoscope.rivals import adacad, caa, coiecd, dpo, grd, ircan, iti, knob, nwcad, reft
 from mnemoscope.runs.errors import InputError
 
 
@@ -33,15 +33,21 @@ def ids_one(bench: DrawnBench) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("method", "toward"), [("cad", "generalized"), ("adacad", "memorized"), ("coiecd", "memorized")]
+    ("method", "toward"),
+    [
+        *(("cad", "generalized"), ("cad-bare", "memorized"), ("adacad", "memorized"), ("coiecd", "memorized")),
+        *(("grd", "generalized"), ("nwcad", "memorized")),
+    ],
 )
 def test_joined_passes_decode_as_a_plain_loop_of_two_passes_does(
     bench: DrawnBench, fitted: dict[tuple[str, Toward], Intervention], method: str, toward: Toward
 ) -> None:
     one, asking, prompts = fitted[method, toward], bench.asking, bench.test["conflict"]
+    assert one.contrast is not None
+    contrast = prompts.contrast(one.contrast)
 
     def answer(n: int) -> list[int]:
-        prompt, bare = (ids_of(asking, e.prompt) for e in (prompts.examples[n], prompts.bares[n]))  # type: ignore[union-attr]
+        prompt, bare = (ids_of(asking, e.prompt) for e in (prompts.examples[n], contrast[n]))
 
         def next_logits(ids: list[int]) -> Tensor:
             both = (plainly(asking.model, ids)[-1], plainly(asking.model, bare + ids[len(prompt) :])[-1])
@@ -54,7 +60,7 @@ def test_joined_passes_decode_as_a_plain_loop_of_two_passes_does(
 
 def test_rules_of_decoding_are_their_formulas_token_by_token() -> None:
     rng, band, weight = np.random.default_rng(0), 0.25, 0.5
-    prompt, bare = (torch.from_numpy(3 * rng.standard_normal((3, 2, 9))).float() for _ in range(2))
+    prompt, bare = (torch.from_numpy(3 * rng.standard_normal((6, 4, 9))).float() for _ in range(2))
     p, q = (logits.double().softmax(-1).numpy() for logits in (prompt, bare))
 
     def of(toward: Toward, alpha: float = 1.0) -> Tensor:
@@ -62,8 +68,9 @@ def test_rules_of_decoding_are_their_formulas_token_by_token() -> None:
         return one.scaled(alpha).join(prompt, bare).log_softmax(-1).double()
 
     found = {"adacad": adacad.joined(prompt, bare), "coiecd": coiecd.joined(prompt, bare, band, weight)}
-    outside = 0
-    for n, m in np.ndindex(3, 2):
+    found |= {"grd": grd.joined(prompt, bare, 0.5), "nwcad": nwcad.joined(prompt, bare, 0.5, 0.6)}
+    outside, ways = 0, set[str]()
+    for n, m in np.ndindex(6, 4):
         one, two = p[n, m], q[n, m]
         for toward, alpha, (first, other) in (("generalized", 1, (one, two)), ("memorized", 1, (two, one))):
             wanted = torch.from_numpy(1.75 * np.log(first) - 0.75 * np.log(other)).log_softmax(-1)
@@ -81,6 +88,18 @@ def test_rules_of_decoding_are_their_formulas_token_by_token() -> None:
         outside += int((below | above).sum())
         base = np.where(below | above, np.log(one), np.log(two))
         np.testing.assert_allclose(found["coiecd"][n, m], base + weight * (np.log(one) - np.log(two)), atol=1e-4)
+        # The exponent at which the two top tokens are equally likely, by a search; then which side is trusted.
+        a, b, between = int(one.argmax()), int(two.argmax()), np.linspace(0, 1, 100_001)
+        order = (1 - between) * np.log(two[a] / two[b]) + between * np.log(one[a] / one[b])
+        turns = between[np.argmax(order >= 0)]
+        assert float(grd.turn(prompt, bare)[n, m]) == pytest.approx(turns, abs=2e-5)
+        chosen = np.log(one * two) / 2 if a == b else np.log(one if turns <= 0.5 else two)
+        np.testing.assert_allclose(found["grd"][n, m], chosen, atol=1e-4)
+        way = "silent" if apart < 0.5 else "sure" if one.max() >= 0.6 else "contrast"
+        ways |= {way, "agree" if a == b else "first" if turns <= 0.5 else "other"}
+        said = {"silent": np.log(two), "sure": np.log(one), "contrast": 2 * np.log(one) - np.log(two)}[way]
+        np.testing.assert_allclose(found["nwcad"][n, m], said - np.log(np.exp(said).sum()), atol=1e-4)
+    assert ways >= {"silent", "sure", "contrast", "first", "other"}
     assert 0 < outside < prompt.numel()
     assert float(adacad.divergence(prompt, prompt).abs().max()) < 1e-6
     far = torch.tensor([[[40.0, 0.0]]])
