@@ -52,8 +52,9 @@ def page(written: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield from map(captioned, across_tables(found))
         yield "## By what is changed\n"
         yield captioned(kinds(found))
-    yield "## Aims\n"
-    yield from map(captioned, aims(found))
+    if found:
+        yield "## Aims\n"
+        yield from map(captioned, aims(found))
     for results in found:
         yield f"## {arena_name(results)}\n\n{facts_of(results)}\n"
         for toward in Toward:

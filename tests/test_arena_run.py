@@ -12,6 +12,7 @@ import arena
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import mnemoscope as ms
@@ -23,7 +24,7 @@ from mnemoscope.bench import run as runs
 from mnemoscope.bench.lists import DrawnBench, Lists
 from mnemoscope.cli import app
 from mnemoscope.config import parse_arena
-from mnemoscope.interventions import Intervention, Toward
+from mnemoscope.interventions import Intervention, SteeringVector, Toward
 from mnemoscope.report import build_arena
 from mnemoscope.report.rows import parts_of, to_json
 from mnemoscope.report.stories.arena import ArenaRecords, results_of
@@ -224,6 +225,55 @@ def test_the_choice_is_that_of_trying_everything(bench: DrawnBench, monkeypatch:
     assert found[0].worth == pytest.approx(0.7)
     assert [tuned.one.method for tuned in found] == ["b"]
     assert ("c", "bare") not in asked
+
+
+@pytest.mark.parametrize(
+    ("rises_to", "scaled", "at_end"), [(1.5, 1.5, False), (0.5, 0.6667, False), (9.0, 5.0625, True)]
+)
+def test_no_choice_is_where_a_grid_ends(
+    bench: DrawnBench, monkeypatch: pytest.MonkeyPatch, rises_to: float, scaled: float, at_end: bool
+) -> None:
+    """Of what is better the nearer its strength is to ``rises_to``, stronger and weaker forms are tried."""
+
+    def scores(one: Any, prompts: Any, **_: Any) -> Scores:
+        found = Scores.empty(100)
+        wanted = round(100 - 10 * abs(one.strength - rises_to))
+        found.behaviour_N = np.array(["generalized" if n < wanted else "other" for n in range(100)], dtype=object)
+        return found
+
+    monkeypatch.setattr(choose, "scores", scores)
+    targets: Any = type("Named", (list,), {"groups": tuple(map(str, range(100)))})(range(100))
+    lists, rule = Lists(targets, {}), choose.Rule(errors=0.0)
+    one = SteeringVector("generalized", {0: torch.ones(64)}, setting={"layer": 0})
+    (best,) = choose.choose(bench, lists, [choose.rate(one, targets)], rule)
+    found, ended = choose.searched_on(bench, lists, best, rule)
+    assert (found.one.setting, ended) == ({"layer": 0, "scaled": scaled}, at_end)
+    assert isinstance(found.one, SteeringVector)
+    assert found.one.strength == pytest.approx(scaled, abs=1e-3)
+    words = Intervention(toward="generalized")  # what has no strength is as it is
+    monkeypatch.setattr(choose, "scores", lambda *_, **__: scores(one, targets))
+    (asked,) = choose.choose(bench, lists, [choose.rate(words, targets)], rule)
+    assert choose.searched_on(bench, lists, asked, rule) == (asked, False)
+
+
+def test_further_fits_differ_and_processes_give_the_records_of_one(
+    little: Asking, finished: Path, shared_folder: Path, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {
+        "task": LittleFacts(),
+        "methods": ("prompt", "low-rank"),
+        "sizes": SIZES,
+        "name": "GPT2LMHeadModel",
+    }
+    ms.arena(shared_folder / "little", out=tmp_path, workers=2, **given)
+    for name in ("prompt", "low-rank", "low-rank@2"):
+        mine, theirs = (pd.read_parquet(out / "arena" / f"{name}-answers.parquet") for out in (tmp_path, finished))
+        pd.testing.assert_frame_equal(mine, theirs)
+    first, again = (DrawnBench.of(little, LittleFacts(), parse_arena(SIZES)).again(number) for number in (0, 1))
+    assert [e.prompt for e in first.fit_conflicts.examples] != [e.prompt for e in again.fit_conflicts.examples]
+    assert [e.prompt for e in first.test["conflict"].examples] == [e.prompt for e in again.test["conflict"].examples]
+    with pytest.raises(InputError, match="workers: 2; an open model is in one process"):
+        run(little, tmp_path / "open", workers=2)
 
 
 def test_what_cannot_be_fitted_is_left_out_and_named(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,27 +37,28 @@ class Frame:
 
     Attributes:
         lists: the frozen lists, then those of changed prompts.
-        gates: by name, their detectors; none for the reason ``why``.
     """
 
     bench: DrawnBench
     lists: Mapping[str, Prompts]
     neutral: Neutral
-    gates: Mapping[str, Detector]
-    why: str
 
     @classmethod
     def of(cls, bench: DrawnBench) -> Frame:
         """Draw it."""
-        try:
-            gates, why = fitted_detectors(bench), ""
-        except InputError as error:  # too few prompts of a behaviour, which is no reason to lose all else
-            gates, why = {}, str(error)
         config, context = bench.config, context_length(bench.asking.model)
         length = min(64, context - 1 - config.following - 32)  # room for a sentence before it
         rng = np.random.default_rng([config.seed, 34])
         neutral = Neutral(bench.asking, config.cuts, 16, length, config.following, rng)
-        return cls(bench, {**bench.test, **varied_lists(bench)}, neutral, gates, why)
+        return cls(bench, {**bench.test, **varied_lists(bench)}, neutral)
+
+    @cached_property
+    def gates(self) -> tuple[Mapping[str, Detector], str]:
+        """By name the detectors of gates, or none and the reason: too few prompts of a behaviour to fit one."""
+        try:
+            return fitted_detectors(self.bench), ""
+        except InputError as error:
+            return {}, str(error)
 
     def table(self) -> pd.DataFrame:
         """Every prompt of every list with its unsteered label; of the frozen ones also where a gate acts."""
@@ -65,7 +67,7 @@ class Frame:
             rows = pd.DataFrame([example.to_row() for example in prompts.examples])
             found = prompts.unsteered
             columns: dict[str, Any] = {"unsteered": found.behaviour_N, "margin": found.margin_N, "tie": found.tie_N}
-            for gate, detector in self.gates.items():
+            for gate, detector in self.gates[0].items():
                 columns |= dict.fromkeys((f"{gate}_p", *(f"{gate}_{toward}" for toward in Toward)), np.nan)
                 if name in LISTS and len(prompts):
                     reading = readings(detector, prompts)

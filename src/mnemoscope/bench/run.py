@@ -221,8 +221,8 @@ class _Run:
         frame = self.judge.frame
         bench = frame.bench
         counts: dict[str, Any] = {"asked": bench.known.asked, "known": len(bench.known.items)}
-        counts |= {"order": list(dict.fromkeys([*method_names(), *chosen])), "no_gate": frame.why}
-        counts |= {"by_answers": told_by_answers(bench), "gates": list(frame.gates)}
+        counts |= {"order": list(dict.fromkeys([*method_names(), *chosen])), "no_gate": frame.gates[1]}
+        counts |= {"by_answers": told_by_answers(bench), "gates": list(frame.gates[0])}
         counts |= {"lists": {name: len(prompts) for name, prompts in frame.lists.items()}}
         self._write_set(frame.table())
         self._write_json("frame", self.facts | counts)

@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -123,8 +122,9 @@ class Adapter(Intervention):
 def adapters(bench: Bench, method: str, toward: Toward, loss: Loss | None = None) -> list[Intervention]:
     """Adapters trained at each of ``RATES``, each at every one of ``STRENGTHS``; of a fit at the first rate alone.
 
-    ``loss``: of the adapted model and a batch of wanted answers, in place of what is ``taught``. Raises InputError
-    where peft is missing, or the model holds an adapter already.
+    ``loss``: of the adapted model and a batch of wanted answers; default: their negative log probability, as of those
+    that should stay, where these are not ``held``. Raises InputError where peft is missing, or the model holds an
+    adapter already.
     """
     found = list[Intervention]()
     for rate in RATES[:1] if bench.tried.low_rank else RATES:
@@ -149,7 +149,7 @@ def trained(
 ) -> Adapter:
     """Train an adapter, as answered or on other labels; the model itself is left as it was."""
     from mnemoscope.config import LoraConfig  # who uses adapters needs neither YAML nor statistics
-    from mnemoscope.interventions.learning import descend, held, taught, wanted_batches
+    from mnemoscope.interventions.learning import Asked, descend, held, log_p, wanted_batches
     from mnemoscope.interventions.sources import ANSWERED
 
     check_peft("lora, dpo")
@@ -162,13 +162,18 @@ def trained(
     try:
         lists = replace(lists, asking=replace(lists.asking, model=adapted))
         parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+
+        def cost(asking: Asking, asked: Asked) -> Tensor:
+            return -log_p(asking, [asked]).mean()
+
+        def lesson(of: Loss, asked: Asked) -> Lesson:
+            return lambda _: of(lists.asking, asked)
+
         with in_precision(adapted, precision):
-            if loss:
-                every = wanted_batches(lists, toward, labels)
-                wanted: list[Lesson] = [partial(_preferred, loss, lists.asking, asked) for asked in every]
-            else:
-                wanted = taught(lists, toward, labels, nullcontext)
-            descend(parameters, rate, lambda: None, (wanted, held(lists, toward, nullcontext)), lists.steps)
+            wanted = [lesson(loss or cost, asked) for asked in wanted_batches(lists, toward, labels)]
+            kept = [lesson(cost, Asked.first(batch)) for batch in lists.kept[toward]]
+            kept = held(lists, toward, nullcontext) if lists.held else kept
+            descend(parameters, rate, lambda: None, (wanted, kept), lists.steps)
         parts = _parts(adapted)
     finally:
         adapted.unload()
@@ -177,10 +182,6 @@ def trained(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(learning[name])
     return Adapter(toward=toward, method=method, parts=parts, setting={"rate": rate})
-
-
-def _preferred(loss: Loss, asking: Asking, asked: Asked, _: None) -> Tensor:
-    return loss(asking, asked)
 
 
 def _parts(adapted: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:

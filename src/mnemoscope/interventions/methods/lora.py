@@ -1,4 +1,4 @@
-"""An adapter with the teacher of all that is trained: the upper bound that changes weights."""
+"""An adapter trained on the wanted answers: the upper bound that changes weights."""
 
 from __future__ import annotations
 
