@@ -228,7 +228,7 @@ def test_the_choice_is_that_of_trying_everything(bench: DrawnBench, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("rises_to", "scaled", "at_end"), [(1.5, 1.5, False), (0.5, 0.6667, False), (9.0, 5.0625, True)]
+    ("rises_to", "scaled", "at_end"), [(1.5, 1.5, False), (0.5, 0.4444, False), (9.0, 5.0625, True)]
 )
 def test_no_choice_is_where_a_grid_ends(
     bench: DrawnBench, monkeypatch: pytest.MonkeyPatch, rises_to: float, scaled: float, at_end: bool

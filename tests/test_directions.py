@@ -264,7 +264,8 @@ def test_what_is_learned_together_is_what_is_learned_alone(asking: Asking, site:
 
 
 def low_rank_of(bench: GivenBench, labels: Labels = ANSWERED) -> SteeringVector:
-    return replace(low_rank._vector(bench, Toward.MEMORIZED, (0, 1), labels), setting={"layers": [0, 1]})
+    learned = low_rank._vector(bench, Toward.MEMORIZED, (0, 1), low_rank.RATES[0], labels)
+    return replace(learned, setting={"layers": [0, 1]})
 
 
 @pytest.mark.parametrize("taught", [True, False])
@@ -277,7 +278,7 @@ def test_a_low_rank_shift_learns_from_a_teacher_and_from_the_wanted_answer(askin
     was_N, is_N = (steered(asking, prepare(asking, examples), one).margin_N for one in (vector * 0.0, vector))
     assert is_N.mean() < was_N.mean(), "towards the memorized answers"
     assert all(parameter.grad is None for parameter in asking.model.parameters())
-    half, *_, whole = low_rank.candidates(bench, Toward.MEMORIZED)
+    half, _, whole, *_ = low_rank.candidates(bench, Toward.MEMORIZED)
     assert isinstance(half, SteeringVector)
     assert isinstance(whole, SteeringVector)
     assert (half.strength, whole.strength) == (0.5, 1.0)

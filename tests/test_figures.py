@@ -67,7 +67,7 @@ def test_the_commands_exist() -> None:
     [
         ("STUDY", ["| `learned_steps` | `20` |", "| `stored` | `480` |"]),
         ("RECORDS", ["| `minus_control` | {str:", "## records/pairs.parquet: "]),
-        ("ARENA", ["| a low-rank edit, LoReFT | 96", "## Aims"]),
+        ("ARENA", ["no cell was run by them yet"]),
         ("REVIEW", ["| addition | 0.958 (0.93 to 0.98) | 0.836 | 0.835 |", "## The same seeds again, `paper`"]),
         ("CLAIMS", ["| addition (paper) | 5 | 0.96 (0.93 to 1.00) (logistic, learned, nmd) | holds |"]),
         ("BENCHMARKS", ["| 1,000,000 | 930.2 | 1.109 | 1768.4 |"]),
@@ -78,7 +78,7 @@ def test_a_page_is_printed_with_its_figures(name: str, lines: list[str]) -> None
     assert printed.startswith("# ")
     assert [line for line in lines if line not in printed] == []
     widths = [line.replace("\\|", "").count("|") for line in printed.splitlines() if line.startswith("|")]
-    assert min(widths) >= 3
+    assert min(widths, default=3) >= 3
 
 
 def test_the_table_of_the_readme_is_that_of_the_review() -> None:
