@@ -61,7 +61,7 @@ def arena_name(results: Part) -> str:
 def facts_of(results: Part) -> str:
     """What an arena is of, in a few sentences."""
     lists = results.lists
-    known = f"{results.known} of {results.asked} items known bare; " if results.asked else ""
+    known = f"{results.known} of {results.asked} items known; " if results.asked else ""
     sizes = ", ".join(f"{lists[name]} {words}" for name, words in LISTS.items() if lists.get(name))
     counts = f"{known}{lists.conflict} test conflicts of {results.groups} groups, {sizes}"
     sentences = [
@@ -95,7 +95,8 @@ def sentence(results: Part, toward: str) -> str:
 
 def tables_of(results: Part) -> list[Table]:
     """The tables of one arena: answers, costs, tests and changed prompts, in both directions."""
-    of_each = (_answers, _mixes, _compared, _costs, _varied)
+    varied = (_varied,) if any(results.unsteered[toward].varied for toward in Toward) else ()
+    of_each = (_answers, _mixes, _compared, _costs, *varied)
     return [table(results, toward) for toward in Toward for table in of_each]
 
 
