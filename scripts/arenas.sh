@@ -8,7 +8,7 @@ arena() {  # NAME MODEL TASK [OPTION...]
     local name=$1 model=$2 task=$3 options=()
     shift 3
     for option in "$@"; do options+=(--option "$option"); done
-    mnemoscope arena "$model" --task "$task" "${options[@]}" --dtype bfloat16 --size threads=2 --size "seed=$seed" -o "$out/$name"
+    mnemoscope arena "$model" --task "$task" "${options[@]}" --dtype bfloat16 --size "seed=$seed" -o "$out/$name"
 }
 # The models know 77 and 152 proverbs that do not say their own ending, so half of them or more are for test.
 arena smollm2-memotrap smollm2 memotrap "file=$memotrap" 'shares=[0.25,0.2,0.55]'

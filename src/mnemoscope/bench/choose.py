@@ -184,11 +184,11 @@ def confirmed(
 def searched_on(bench: Bench, lists: Lists, best: Tuned, rule: Rule) -> tuple[Tuned, bool]:
     """The best setting, or a stronger or weaker form of it that is better on tune: no grid ends where its choice is.
 
-    And whether the last one that was tried was still better than all before it.
+    And whether the last form that was tried was still better than all before it.
     """
-    found, at_end = best, False
+    found, found_at_end = best, False
     for factor in (STEP, 1 / STEP):
-        now, scale = best, 1.0
+        now, scale, at_end = best, 1.0, False
         for step in range(STEPS):
             scale *= factor
             one = best.one.scaled(scale)
@@ -199,8 +199,9 @@ def searched_on(bench: Bench, lists: Lists, best: Tuned, rule: Rule) -> tuple[Tu
             if tuned.rank <= now.rank:
                 break
             now, at_end = tuned, step == STEPS - 1
-        found = max(found, now, key=lambda tuned: tuned.rank)
-    return found, at_end
+        if now.rank > found.rank:
+            found, found_at_end = now, at_end
+    return found, found_at_end
 
 
 def in_order(found: Iterable[Tuned], errors: float = 1.0) -> list[Tuned]:

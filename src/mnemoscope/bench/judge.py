@@ -112,9 +112,7 @@ class Frame:
 
     def _texts(self, one: Intervention, toward: str) -> pd.DataFrame:
         config, conflict = self.bench.config, self.lists["conflict"]
-        first = (
-            conflict.of(np.arange(min(config.written, len(conflict)))) if config.written < len(conflict) else conflict
-        )
+        first = conflict.of(np.arange(min(config.written, len(conflict))))
         made = texts_of(one, first, config.tokens)
         exact = {
             side: [is_exact(text, str(getattr(e, side))) for text, e in zip(made.texts, first.examples, strict=True)]

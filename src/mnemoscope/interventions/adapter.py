@@ -140,12 +140,7 @@ def again(bench: Bench, one: Adapter, several: Sequence[Labels], loss: Loss | No
 
 
 def trained(
-    bench: Bench,
-    method: str,
-    toward: Toward,
-    rate: float,
-    labels: Labels | None = None,
-    loss: Loss | None = None,
+    bench: Bench, method: str, toward: Toward, rate: float, labels: Labels | None = None, loss: Loss | None = None
 ) -> Adapter:
     """Train an adapter, as answered or on other labels; the model itself is left as it was."""
     from mnemoscope.config import LoraConfig  # who uses adapters needs neither YAML nor statistics
@@ -171,8 +166,10 @@ def trained(
 
         with in_precision(adapted, precision):
             wanted = [lesson(loss or cost, asked) for asked in wanted_batches(lists, toward, labels)]
-            kept = [lesson(cost, Asked.first(batch)) for batch in lists.kept[toward]]
-            kept = held(lists, toward, nullcontext) if lists.held else kept
+            if lists.held:
+                kept = held(lists, toward, nullcontext)
+            else:
+                kept = [lesson(cost, Asked.first(batch)) for batch in lists.kept[toward]]
             descend(parameters, rate, lambda: None, (wanted, kept), lists.steps)
         parts = _parts(adapted)
     finally:

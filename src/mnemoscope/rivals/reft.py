@@ -9,6 +9,7 @@ Shapes: L layers, D neurons, K ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -32,10 +33,11 @@ RATES = (0.01, 0.003)
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
     """Every rank, rate and strength; InputError with too few pairs."""
-    return [
-        _vector(bench, toward, rank, rate, ANSWERED) * strength
-        for rank, rate, strength in product(RANKS, RATES, STRENGTHS)
-    ]
+    found = list[Intervention]()
+    for rank, rate, strength in product(RANKS, RATES, STRENGTHS):
+        one = _vector(bench, toward, rank, rate, ANSWERED) * strength
+        found.append(replace(one, setting={**one.setting, "strength": strength}))
+    return found
 
 
 def again(bench: Bench, one: SteeringVector, several: Sequence[Labels]) -> list[SteeringVector]:

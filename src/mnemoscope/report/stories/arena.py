@@ -66,7 +66,8 @@ class ArenaRecords:
             if "left_out" in found:
                 left_out[name] = str(found["left_out"])
                 continue
-            fits = [one for one in (name, f"{name}@2", f"{name}@3") if f"{one}.json" in listed]
+            more = (f"{name}@{number}" for number in range(2, int(frame["sizes"]["fits"]) + 1))
+            fits = [name, *(one for one in more if f"{one}.json" in listed)]
             tables[name] = {kind: _fits(folder, fits, kind) for kind in ("answers", "texts", "neutral")}
             facts[name] = found | {"fits": len(fits)}
         return cls(frame, read_intact(folder / "set.parquet", _table), facts, tables, left_out)
