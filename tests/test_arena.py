@@ -13,6 +13,7 @@ from little_facts import LittleFacts
 from mnemoscope.behaviour import Asking, Scores, prepare, score
 from mnemoscope.bench import known as known_module
 from mnemoscope.bench.answers import NOTHING, Neutral, is_exact
+from mnemoscope.bench.gate import asked_conflicts
 from mnemoscope.bench.known import Known, ask_known
 from mnemoscope.bench.lists import DrawnBench
 from mnemoscope.bench.varied import _both
@@ -39,6 +40,19 @@ def test_prompts_are_contrasted_with_their_bare_question_or_with_themselves_with
         assert {one.contrast for one in candidates(method, bench, "generalized")} == {contrast}
     (gone,) = candidates("delete", bench, "memorized")
     assert [gone.prompt(quoted) for quoted in prompts.quoted] == [e.prompt for e in prompts.contrast("cut")]
+
+
+def test_a_conflict_is_asked_for_by_a_second_pass_over_the_prompt_without_its_text(bench: DrawnBench) -> None:
+    model, tokenizer = bench.asking.model, bench.asking.tokenizer
+    for name in ("conflict", "agreeing", "bare"):
+        prompts, wanted = bench.test[name], []
+        for example, quoted in zip(prompts.examples, prompts.quoted, strict=True):
+            without = quoted.before + quoted.behind
+            whole, cut = (plainly(model, tokenizer(text).input_ids)[-1] for text in (example.prompt, without))
+            spoken = 2 * whole.log_softmax(-1) - cut.log_softmax(-1)
+            wanted.append(bool(quoted.text) and int(spoken.argmax()) != int(cut.argmax()))
+        assert asked_conflicts(prompts).tolist() == wanted
+        assert (name != "bare") or not any(wanted)
 
 
 def test_a_text_with_both_answers_says_the_other_one_last_and_nothing_else_changes() -> None:

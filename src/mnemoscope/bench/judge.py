@@ -15,17 +15,15 @@ import pandas as pd
 
 from mnemoscope.behaviour import Scores
 from mnemoscope.bench.answers import NOTHING, Neutral, is_exact, scores, texts_of
-from mnemoscope.bench.gate import THRESHOLD, fitted_detectors, readings
+from mnemoscope.bench.gate import Gates
 from mnemoscope.bench.lists import LISTS, DrawnBench
 from mnemoscope.bench.prompts import Prompts
 from mnemoscope.bench.varied import varied_lists
 from mnemoscope.interventions import Intervention, SteeringVector, Toward
 from mnemoscope.interventions.controls import has_equal_norm, of_equal_norm, shuffles
-from mnemoscope.interventions.detect import Detector
 from mnemoscope.interventions.methods import nulls, refitted
 from mnemoscope.interventions.sources import PERMUTED
 from mnemoscope.models import context_length
-from mnemoscope.runs.errors import InputError
 
 TABLES = ("answers", "texts", "neutral")
 UNSTEERED = "unsteered"
@@ -53,12 +51,13 @@ class Frame:
         return cls(bench, {**bench.test, **varied_lists(bench)}, neutral)
 
     @cached_property
-    def gates(self) -> tuple[Mapping[str, Detector], str]:
-        """By name the detectors of gates, or none and the reason: too few prompts of a behaviour to fit one."""
-        try:
-            return fitted_detectors(self.bench), ""
-        except InputError as error:
-            return {}, str(error)
+    def gates(self) -> Gates:
+        """What decides where an intervention acts."""
+        return Gates.fitted(self.bench)
+
+    @cached_property
+    def _tune_acts(self) -> Mapping[str, Mapping[str, np.ndarray]]:
+        return {name: self.gates.acts(prompts) for name, prompts in self.bench.tune.items() if len(prompts)}
 
     def table(self) -> pd.DataFrame:
         """Every prompt of every list with its unsteered label; of the frozen ones also where a gate acts."""
@@ -67,14 +66,20 @@ class Frame:
             rows = pd.DataFrame([example.to_row() for example in prompts.examples])
             found = prompts.unsteered
             columns: dict[str, Any] = {"unsteered": found.behaviour_N, "margin": found.margin_N, "tie": found.tie_N}
-            for gate, detector in self.gates[0].items():
-                columns |= dict.fromkeys((f"{gate}_p", *(f"{gate}_{toward}" for toward in Toward)), np.nan)
-                if name in LISTS and len(prompts):
-                    reading = readings(detector, prompts)
-                    columns |= {f"{gate}_p": reading.p_memorized}
-                    columns |= {f"{gate}_{one}": reading.acts(one, THRESHOLD).astype(float) for one in Toward}
+            columns |= self.gates.acts(prompts) if name in LISTS and len(prompts) else {}
             parts.append(rows.assign(list=name, example=np.arange(len(rows)), **columns))
         return pd.concat([part for part in parts if len(part)], ignore_index=True)
+
+    def by_gate(self, one: Intervention) -> dict[str, float]:
+        """By gate, "" for none, the share of right answers on tune, of its lists in equal parts."""
+        found: dict[str, list[float]] = {gate: [] for gate in ("", *self.gates.names)}
+        for name, acts in self._tune_acts.items():
+            prompts, side = self.bench.tune[name], one.toward if name == "conflict" else "correct"
+            with_N, own_N = (labels.behaviour_N == side for labels in (scores(one, prompts), prompts.unsteered))
+            for gate, shares in found.items():
+                acts_N = acts[f"{gate}_{one.toward}"] if gate else np.ones(len(prompts))
+                shares.append(float(np.where(acts_N == 1, with_N, own_N).mean()))
+        return {gate: float(np.mean(shares)) for gate, shares in found.items()}
 
     def judged(self, one: Intervention | None, toward: str, bench: DrawnBench | None = None) -> dict[str, pd.DataFrame]:
         """Tables by name of an intervention, or of none, towards a behaviour; ``bench``: what it was fitted on."""

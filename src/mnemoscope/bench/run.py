@@ -187,14 +187,14 @@ class _Judge:
             tune = {"wanted": best.rated.wanted.estimate, "lost": best.lost, "worth": best.worth}
             found[toward] = {
                 "setting": dict(best.one.setting),
-                "tune": tune | {"compared": len(compared), "at_end": at_end},
+                "tune": tune | {"compared": len(compared), "at_end": at_end, "by_gate": self.frame.by_gate(best.one)},
                 "tried": len(tried),
                 "norm": _norm(best.one, bench),
                 "seconds": dict(zip(("fit", "choose", "judge"), np.diff(times).tolist(), strict=True)),
             }
         one, both = best.one, {"toward": found}
         kinds: dict[str, Any] = {"fitted": isinstance(one, SteeringVector) or one.changes_weights}
-        kinds |= {"trained": PERMUTED in nulls(name), "joined": one.contrast is not None}
+        kinds |= {"trained": PERMUTED in nulls(name), "words": type(one).prompt is not Intervention.prompt}
         kinds |= {"oracle": getattr(method_module(name), "ORACLE", False)}
         tables = {kind: pd.concat([part[kind] for part in judged], ignore_index=True) for kind in TABLES}
         return {"passes": one.passes, "changes_weights": one.changes_weights} | kinds | both, tables
@@ -221,8 +221,8 @@ class _Run:
         frame = self.judge.frame
         bench = frame.bench
         counts: dict[str, Any] = {"asked": bench.known.asked, "known": len(bench.known.items)}
-        counts |= {"order": list(dict.fromkeys([*method_names(), *chosen])), "no_gate": frame.gates[1]}
-        counts |= {"by_answers": told_by_answers(bench), "gates": list(frame.gates[0])}
+        counts |= {"order": list(dict.fromkeys([*method_names(), *chosen])), "no_gate": frame.gates.why_none}
+        counts |= {"by_answers": told_by_answers(bench), "gates": frame.gates.names}
         counts |= {"lists": {name: len(prompts) for name, prompts in frame.lists.items()}}
         self._write_set(frame.table())
         self._write_json("frame", self.facts | counts)

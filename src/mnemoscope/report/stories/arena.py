@@ -21,7 +21,7 @@ from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.schemas import FrameFacts
 from mnemoscope.runs.strict import bounded_table, read_json
 from mnemoscope.runs.toward import Toward
-from mnemoscope.statistics import Estimate, holm, mean, proportion, sign_flips
+from mnemoscope.statistics import Estimate, auroc, holm, mean, proportion, sign_flips
 
 UNSTEERED = "unsteered"
 KEPT = ("agreeing", "bare")
@@ -31,6 +31,7 @@ MEASURES = ("wanted", "exact")  # the answer as it begins, and as all that stand
 MIXES = {"thirds": 1 / 3, "5 %": 0.05, "20 %": 0.2, "50 %": 0.5}
 MARGIN = 0.05  # what a method may be below another and still be no worse
 SEED = 41  # of the random sign flips
+KINDS = ("words", "hooks", "adapter", "passes")  # change the prompt, add hooks, load an adapter, pay two passes
 
 
 @dataclass(frozen=True)
@@ -137,17 +138,12 @@ def results_of(records: ArenaRecords) -> Part:
         for name in names
     }
     groups, fair = records.groups("conflict"), [name for name in names if not records.facts[name]["oracle"]]
-    kinds = {"contrastive": "joined", "adapter": "changes_weights"}
-    some = {kind: [name for name in fair if records.facts[name][fact]] for kind, fact in kinds.items()}
+    of_kind = {kind: [name for name in fair if _kind(records.facts[name]) == kind] for kind in KINDS}
     winner = {toward: _best(records, toward, fair) for toward in Toward}
-    # What every method is compared with: asking in words, and of others the one that is best on tune.
-    baselines = {
-        toward: {"words": "prompt" if "prompt" in names else None}
-        | {kind: _best(records, toward, found) for kind, found in some.items()}
-        for toward in Toward
-    }
+    # Of each kind the method that is best on tune; with these, hooks apart, every method is compared.
+    best = {toward: {kind: _best(records, toward, found) for kind, found in of_kind.items()} for toward in Toward}
     for toward in Toward:
-        against = [*baselines[toward].values(), winner[toward]]
+        against = [*(name for kind, name in best[toward].items() if kind != "hooks"), winner[toward]]
         for name, tests in _tests(records, toward, names, against).items():
             methods[name][toward]["tests"] = tests
     made = {
@@ -164,10 +160,11 @@ def results_of(records: ArenaRecords) -> Part:
         "unsteered": {toward: _measure(records, UNSTEERED, toward) for toward in Toward},
         "left_out": dict(records.left_out),
         "no_gate": frame["no_gate"],
+        "gates": {gate: {toward: _acting(records, gate, toward) for toward in Toward} for gate in frame["gates"]},
+        "conflict_read": _conflict_read(records),
         "methods": methods,
         "winner": winner,
-        "baselines": baselines,
-        "first": {toward: _first(records, fair, methods, toward) for toward in Toward},
+        "best": best,
     }
     found: Part = parts_of(made)
     return found
@@ -185,7 +182,7 @@ def _measure(records: ArenaRecords, name: str, toward: Toward) -> dict[str, Any]
         "lost": mean_of_known([1 - found[kept].estimate for kept in KEPT]),
         "varied": {one: records.share(name, toward, one, toward) for one in varied},
         "mix": _mixed(records, name, toward, None),
-        "gated": {gate: _gated(records, name, toward, gate) for gate in records.frame["gates"]},
+        "gated": {gate: _mixed(records, name, toward, gate) for gate in records.frame["gates"]},
         "exact": proportion(
             texts[f"exact_{toward}"].to_numpy(float),
             records.groups("conflict")[texts["example"].to_numpy(int)],
@@ -196,7 +193,7 @@ def _measure(records: ArenaRecords, name: str, toward: Toward) -> dict[str, Any]
     }
 
 
-def _chosen(records: ArenaRecords, name: str, toward: str) -> dict[str, Any]:
+def _chosen(records: ArenaRecords, name: str, toward: Toward) -> dict[str, Any]:
     """What was chosen of a method on tune, by its first fit, and its controls: the mean of all draws, and the worst."""
     about, table = records.facts[name]["toward"][toward], records.part(name, toward, "answers")
     controls = {}
@@ -205,7 +202,10 @@ def _chosen(records: ArenaRecords, name: str, toward: str) -> dict[str, Any]:
         worst = pd.Series(hits_N).groupby(draws_N).mean()
         found = proportion(hits_N, records.groups("conflict")[part["example"].to_numpy()], draws_N)
         controls[str(role)] = asdict(found) | {"worst": float(worst.max()), "draws": len(worst)}
+    by_gate = about["tune"]["by_gate"]
+    default = max(by_gate, key=lambda gate: by_gate[gate])  # "", no gate, comes first
     return {
+        "default": {"gate": default, "mix": _mixed(records, name, toward, default or None)},
         "chosen": about["setting"],
         "tune": about["tune"],
         "fit_seconds": about["seconds"]["fit"],
@@ -239,12 +239,33 @@ def _mixed(records: ArenaRecords, name: str, toward: Toward, gate: str | None) -
     return found
 
 
-def _gated(records: ArenaRecords, name: str, toward: Toward, gate: str) -> dict[str, Any]:
-    """With a gate: the mixes, and by list how often it acts and how many answers are right."""
-    acts = {
-        one: mean_of_known(records.set.loc[records.set["list"] == one, f"{gate}_{toward}"].tolist()) for one in LISTS
-    }
-    return {"mix": _mixed(records, name, toward, gate), "acts": acts}
+def _acting(records: ArenaRecords, gate: str, toward: Toward) -> dict[str, Estimate]:
+    """Shares on which a gate acts: of conflicts that need it (``needed``), as they are answered the other way, of all
+    conflicts, of texts that agree and of bare questions."""
+    found = {}
+    for one in LISTS:
+        rows = records.set[records.set["list"] == one]
+        acts_N, groups_N = rows[f"{gate}_{toward}"].to_numpy(float), rows["group"].to_numpy(str)
+        found[one] = proportion(acts_N == 1, groups_N)
+        if one == "conflict":
+            needed_N = (rows["unsteered"] == toward.opposite).to_numpy()
+            found["needed"] = proportion(acts_N[needed_N] == 1, groups_N[needed_N])
+    return found
+
+
+def _conflict_read(records: ArenaRecords) -> Estimate:
+    """How well one pass tells conflicts from texts that agree: AUROC of P(conflict)."""
+    rows = records.set[records.set["list"].isin(("conflict", "agreeing"))]
+    if "p_conflict" not in rows or rows["p_conflict"].isna().any():
+        return Estimate.undefined()
+    return auroc(rows["p_conflict"], (rows["list"] == "conflict").astype(float), rows["group"].to_numpy(str))
+
+
+def _kind(about: Mapping[str, Any]) -> str:
+    """What has to be done to use a method; see ``KINDS``."""
+    if about["changes_weights"]:
+        return "adapter"
+    return "passes" if about["passes"] > 1 else "words" if about["words"] else "hooks"
 
 
 def _best(records: ArenaRecords, toward: str, methods: Sequence[str]) -> str | None:
@@ -260,21 +281,6 @@ def _minus(records: ArenaRecords, toward: Toward, one: str, other: str, measure:
     minus_FN = np.resize(mine_FN, (fits, mine_FN.shape[1])) - np.resize(theirs_FN, (fits, mine_FN.shape[1]))
     groups, fit_N = np.tile(records.groups("conflict"), fits), np.repeat(np.arange(fits), mine_FN.shape[1])
     return mean(minus_FN.ravel(), groups, _draws(fit_N))
-
-
-def _first(
-    records: ArenaRecords, names: Sequence[str], methods: Mapping[str, Any], toward: Toward
-) -> dict[str, Any] | None:
-    """The method of one pass that gets most wanted answers on test, and how much more the others get than it.
-
-    Chosen after the fact, so that every other method is compared with one that was lucky as well.
-    """
-    one_pass = [name for name in names if methods[name]["passes"] == 1]
-    if not one_pass:
-        return None
-    first = max(one_pass, key=lambda name: methods[name][toward]["wanted"].estimate)
-    minus = {name: _minus(records, toward, name, first, "wanted") for name in names if name != first}
-    return {"method": first, "minus": minus}
 
 
 def _tests(

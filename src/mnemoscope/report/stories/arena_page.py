@@ -24,6 +24,12 @@ from mnemoscope.statistics import Estimate
 TITLES = {"generalized": "To context", "memorized": "To memory"}
 LISTS = {"agreeing": "texts that agree", "bare": "bare questions"}
 CONTROLS = {"gaussian": "random", "permuted_answers": "other answers"}
+ALLOWED = {
+    "words": "may change the prompt takes",
+    "hooks": "may add hooks",
+    "adapter": "may load an adapter",
+    "passes": "pays two passes",
+}
 DASH = "-"
 
 
@@ -44,7 +50,7 @@ def build_arena(run: Path, beside: Sequence[Path] = ()) -> Path:
             "name": arena_name(one),
             "facts": facts_of(one),
             "drawn": [Markup(svg) for svg in _drawn(one, f"arena-{number}")],
-            "sentences": [sentence(one, toward) for toward in Toward],
+            "sentences": [say(one, toward) for toward in Toward for say in (sentence, verdict)],
             "tables": tables_of(one),
         }
         for number, one in enumerate(found)
@@ -93,10 +99,20 @@ def sentence(results: Part, toward: str) -> str:
     )
 
 
+def verdict(results: Part, toward: str) -> str:
+    """What to use, by what one may do: of each kind the method that is best on tune."""
+    found = [(what, name) for kind, what in ALLOWED.items() if (name := results.best[toward][kind])]
+    told = [
+        f"{what} {name}, {_ranged(of.exact)} exact at {percent(of.lost)} lost"
+        for what, name, of in ((what, name, results.methods[name][toward]) for what, name in found)
+    ]
+    return f"{TITLES[toward]}, who {'; '.join(told)}." if told else ""
+
+
 def tables_of(results: Part) -> list[Table]:
     """The tables of one arena: answers, costs, tests and changed prompts, in both directions."""
     varied = (_varied,) if any(results.unsteered[toward].varied for toward in Toward) else ()
-    of_each = (_answers, _mixes, _compared, _costs, *varied)
+    of_each = (_answers, _mixes, _gates, _compared, _costs, *varied)
     return [table(results, toward) for toward in Toward for table in of_each]
 
 
@@ -147,18 +163,23 @@ def _fits(results: Part, name: str) -> str:
 
 
 def _mixes(results: Part, toward: str) -> Table:
-    """Right answers where only a part of the prompts are conflicts, without and with gates."""
+    """Right answers where only a part of the prompts are conflicts, without a gate and with what tune prefers."""
     methods, rows = _methods(results, toward), []
-    mixes, gates = list(methods[0][1].mix), list(methods[0][1].gated)
     for name, found in methods:
-        of_each = [[found.mix[mix], *(found.gated[gate].mix[mix] for gate in gates)] for mix in mixes]
-        rows.append([name, *(" / ".join(_share(share.estimate) for share in shares) for shares in of_each)])
-    acts = "; ".join(
-        f"{gate} acts on {' / '.join(_share(methods[0][1].gated[gate].acts[one]) for one in ('conflict', *LISTS))}"
-        for gate in gates
-    )
-    caption = f"{TITLES[toward]}: right answers by the share of conflicts, {' / '.join(['no gate', *gates])}"
-    return Table(f"{caption} ({acts} of conflicts / agreeing / bare)" if acts else caption, ["method", *mixes], rows)
+        default = found.get("default", {"gate": "", "mix": found.mix})
+        cells = (f"{_share(found.mix[m].estimate)} / {_share(default['mix'][m].estimate)}" for m in found.mix)
+        rows.append([name, default["gate"] or "none", *cells])
+    caption = f"{TITLES[toward]}: right answers by the share of conflicts, without a gate / with the gate by tune"
+    return Table(caption, ["method", "gate by tune", *methods[0][1].mix], rows)
+
+
+def _gates(results: Part, toward: str) -> Table:
+    """Where gates act, on the prompts themselves: the same for all methods."""
+    columns = {"needed": "conflicts that need it", "conflict": "all conflicts", **LISTS}
+    rows = [[gate, *(_ranged(of[toward][one]) for one in columns)] for gate, of in results.gates.items()]
+    read = f"; one pass tells conflicts from agreeing texts {results.conflict_read.estimate:.2f} right"
+    caption = f"{TITLES[toward]}: where a gate acts{read if results.conflict_read.known else ''}"
+    return Table(caption, ["gate", *columns.values()], rows)
 
 
 def _costs(results: Part, toward: str) -> Table:
@@ -176,7 +197,8 @@ def _costs(results: Part, toward: str) -> Table:
 
 def _compared(results: Part, toward: str) -> Table:
     winner = results.winner[toward]
-    baselines = list(dict.fromkeys(name for name in (*results.baselines[toward].values(), winner) if name))
+    baselines = list(dict.fromkeys(name for kind, name in results.best[toward].items() if name and kind != "hooks"))
+    baselines += [winner] if winner and winner not in baselines else []
     rows = [
         [name, *(_tested(found.get("tests", {}).get(baseline)) for baseline in baselines)]
         for name, found in _methods(results, toward)[1:]
