@@ -16,7 +16,7 @@ from mnemoscope.bench.answers import NOTHING, Neutral, is_exact
 from mnemoscope.bench.gate import asked_conflicts
 from mnemoscope.bench.known import Known, ask_known
 from mnemoscope.bench.lists import DrawnBench
-from mnemoscope.bench.varied import _both
+from mnemoscope.bench.varied import _both, _long
 from mnemoscope.config import parse_arena
 from mnemoscope.interventions import Intervention, Quoted, SteeringVector, Toward
 from mnemoscope.interventions.controls import has_equal_norm, of_equal_norm
@@ -60,6 +60,18 @@ def test_a_text_with_both_answers_says_the_other_one_last_and_nothing_else_chang
     text = "Anna: A whimsical man, him who reads him.\n"
     assert _both(text, example) == f"{text.rstrip()} Anna: A whimsical man, him who reads lead."
     assert _both("A whimsical man.", example) is None
+
+
+def test_a_text_stands_first_in_the_middle_or_last_of_a_long_one(bench: DrawnBench) -> None:
+    found = _long(replace(bench, config=parse_arena(SIZES | {"long": 24})))
+    assert list(found) == ["first of 24 tokens", "in the middle of 24 tokens", "last of 24 tokens"]
+    example = bench.test["conflict"].examples[0]
+    first, middle, last = (change("A is B.\n", example) for change in found.values())
+    around = first.removeprefix("A is B.\n")
+    assert last == f"{around}\nA is B."
+    before, behind = middle.split("\nA is B.\n")
+    assert f"{before} {behind}".split() == around.split()
+    assert 20 <= len(bench.asking.tokenizer(around).input_ids) <= 24  # some may be special
 
 
 def test_every_conflict_has_a_bare_question_that_is_answered_by_heart(bench: DrawnBench) -> None:

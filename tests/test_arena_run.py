@@ -279,6 +279,27 @@ def test_further_fits_differ_and_processes_give_the_records_of_one(
         run(little, tmp_path / "open", workers=2)
 
 
+def test_what_was_fitted_elsewhere_is_judged_here_as_it_is(little: Asking, finished: Path, tmp_path: Path) -> None:
+    results = parts_of(run(little, tmp_path, methods=("low-rank",), sizes=SIZES | {"fits": 1}, carry=[finished]))
+    carried = [f"{name}-from-little-facts" for name in ("caa", "low-rank", "nmd")]
+    assert list(results.methods) == ["low-rank", *carried]
+    for name in carried:
+        method, origin = results.methods[name].carried
+        mine, theirs = (
+            pd.read_parquet(out / "arena" / f"{one}-answers.parquet").query("draw == -1").reset_index(drop=True)
+            for out, one in ((tmp_path, name), (finished, method))
+        )
+        pd.testing.assert_frame_equal(mine, theirs)
+        assert origin == "little-facts"
+    for toward in Toward:
+        here, there = (results.methods[name][toward] for name in ("low-rank", carried[1]))
+        gained = there.wanted.estimate - results.unsteered[toward].wanted.estimate
+        assert there.kept_gain.wanted == pytest.approx(1.0) if gained > 0 else np.isnan(there.kept_gain.wanted)
+        assert "kept_gain" not in here
+        assert results.winner[toward] == "low-rank"
+    assert "fitted elsewhere" in (tmp_path / "arena.html").read_text()
+
+
 def test_what_cannot_be_fitted_is_left_out_and_named(
     little: Asking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,6 +341,7 @@ def test_the_command_runs_an_arena_and_rebuilds_its_page(little: Asking, shared_
         ({"sizes": {"conflict": 20}}, r"conflict: Extra inputs are not permitted"),
         ({"task": None}, r"task: None; give"),
         ({"task": "none.jsonl"}, r"task: the file none.jsonl does not exist"),
+        ({"carry": ["none"]}, r"carry: none holds no arena"),
         ({"size": {}}, r"size: arena has no such argument; it has sizes, prompting"),
     ],
 )

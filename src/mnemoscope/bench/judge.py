@@ -19,7 +19,7 @@ from mnemoscope.bench.gate import Gates
 from mnemoscope.bench.lists import LISTS, DrawnBench
 from mnemoscope.bench.prompts import Prompts
 from mnemoscope.bench.varied import varied_lists
-from mnemoscope.interventions import Intervention, SteeringVector, Toward
+from mnemoscope.interventions import Intervention, SteeringVector
 from mnemoscope.interventions.controls import has_equal_norm, of_equal_norm, shuffles
 from mnemoscope.interventions.methods import nulls, refitted
 from mnemoscope.interventions.sources import PERMUTED

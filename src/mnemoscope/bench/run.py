@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
-import time
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import torch
 
-from mnemoscope.behaviour import PLAIN, Asking, Prompting
-from mnemoscope.bench.choose import Rule, choose, rate, searched_on
-from mnemoscope.bench.judge import TABLES, UNSTEERED, Frame
-from mnemoscope.bench.known import Known
-from mnemoscope.bench.lists import DrawnBench, told_by_answers
-from mnemoscope.config import ArenaConfig, parse_arena
-from mnemoscope.interventions import Binding, Intervention, SteeringVector, Toward
-from mnemoscope.interventions.controls import has_equal_norm
-from mnemoscope.interventions.methods import candidates, method_module, method_names, name_of, nulls
-from mnemoscope.interventions.shifts import norm_of
-from mnemoscope.interventions.sources import PERMUTED
+from mnemoscope.behaviour import PLAIN, Asking
+from mnemoscope.bench.judge import UNSTEERED
+from mnemoscope.bench.lists import told_by_answers
+from mnemoscope.bench.trial import LEVERS, Found, Trial, carried
+from mnemoscope.config import parse_arena
+from mnemoscope.interventions import Binding, Toward
+from mnemoscope.interventions.methods import method_module, method_names, name_of
 from mnemoscope.models import load_model
 from mnemoscope.report import build_arena
 from mnemoscope.runs.digests import STAGES, intact, write_marker
@@ -43,7 +36,7 @@ if TYPE_CHECKING:
 SCHEMA = 3  # 2: before items were known otherwise than by the bare question, and fits were repeated
 # Columns of the set that a continued arena must find.
 ASKED = ("list", "example", "item", "prompt", "memorized", "generalized", "answer")
-CHOICES = ("sizes", "prompting", "name", "progress", "workers", "opening")
+CHOICES = ("sizes", "prompting", "name", "progress", "workers", "opening", "carry")
 NEAR = 0.1  # of worth on tune: what is fitted again
 
 
@@ -69,6 +62,7 @@ def arena(
         options: of a task that is given by name.
         choices: ``sizes``, fields of ``ArenaConfig``; ``prompting``, the format of prompts; ``name`` of the model on
             the page; ``progress``, True to show how far it is, or what is called with (cell, stage, done, total, note);
+            ``carry``, run folders of other arenas on this model, whose fitted methods are judged here as they are;
             of a model that is given by name ``workers``, processes that fit and judge, and ``opening``, other arguments
             of ``load_model``.
 
@@ -94,14 +88,17 @@ def arena(
     if tokenizer is None:
         raise InputError("tokenizer: None; an open model needs its tokenizer (or give the model by name)")
     prompting = choices.get("prompting") or PLAIN
+    if tokenizer.chat_template and not prompting.chat:
+        logging.getLogger("mnemoscope").warning("chat: this model has a chat template, and is asked without it")
     asking = Asking(model, tokenizer, made.boundary, prompting=prompting)
-    judge = _Judge(asking, source, made, config, prompting, opening)
     folder, threads, training = Path(out) / "arena", torch.get_num_threads(), model.training
+    elsewhere = dict(one for run in choices.get("carry") or () for one in carried(Path(run) / "arena"))
+    trial = Trial(asking, source, made, config, prompting, opening, folder / LEVERS, elsewhere)
     torch.set_num_threads(config.threads)
     model.eval()
     try:
         with shown(choices.get("progress")) as tell:
-            _Run(judge, folder, name, tell, workers).go(methods)
+            _Run(trial, folder, name, tell, workers).go(methods)
     finally:
         torch.set_num_threads(threads)
         model.train(training)
@@ -118,93 +115,11 @@ def _cells(table: pd.DataFrame, name: str) -> list[str]:
     return ["" if pd.isna(value) else str(value) for value in table[name]]
 
 
-def _norm(one: Intervention, bench: DrawnBench) -> float:
-    """Of a vector, how far it moves states; NaN for what has no norm."""
-    if not has_equal_norm(one):
-        return math.nan
-    assert isinstance(one, SteeringVector)
-    return norm_of(one, bench.sources(one.site))
-
-
-@dataclass
-class _Judge:
-    """Fits, chooses and judges methods on the frame, which each process makes for itself.
-
-    Attributes:
-        source: of the model, for other processes, and how it is opened; None: it is open.
-    """
-
-    asking: Asking | None
-    source: str | Path | None
-    task: Task
-    config: ArenaConfig
-    prompting: Prompting
-    opening: Mapping[str, Any]
-    known: Known | None = None  # once it was asked
-    _frame: Frame | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"asking": None, "_frame": None}
-
-    @property
-    def opened(self) -> Asking:
-        """The model, ready to be asked."""
-        if self.asking is None:
-            assert self.source is not None, "an open model is in one process"
-            model, tokenizer = load_model(self.source, **self.opening)
-            self.asking = Asking(model.eval(), tokenizer, self.task.boundary, prompting=self.prompting)
-        return self.asking
-
-    @property
-    def frame(self) -> Frame:
-        """What all are judged on."""
-        if self._frame is None:
-            bench = DrawnBench.of(self.opened, self.task, self.config, self.known)
-            self._frame, self.known = Frame.of(bench), bench.known
-        return self._frame
-
-    def __call__(self, name: str) -> tuple[dict[str, Any], Mapping[str, pd.DataFrame]]:
-        """Facts and tables of a fit: what was chosen in both directions; ``left_out``: why it cannot be had."""
-        method, _, number = name.partition("@")
-        try:
-            return self._judged(method, self.frame.bench.again(int(number or 1) - 1))
-        except InputError as error:
-            return {"left_out": str(error)}, {}
-
-    def _judged(self, name: str, bench: DrawnBench) -> tuple[dict[str, Any], Mapping[str, pd.DataFrame]]:
-        found, judged, lists = dict[str, Any](), list[dict[str, pd.DataFrame]](), bench.choosing()
-        rule = Rule(errors=self.config.errors)
-        for toward in Toward:
-            times = [time.perf_counter()]
-            tried = candidates(name, bench, toward)
-            times.append(time.perf_counter())
-            rated = [rate(one, lists.targets, place) for place, one in enumerate(tried)]
-            compared = choose(bench, lists, rated, rule)
-            best, at_end = searched_on(bench, lists, compared[0], rule)
-            times.append(time.perf_counter())
-            judged.append(self.frame.judged(best.one, toward, bench))
-            times.append(time.perf_counter())
-            tune = {"wanted": best.rated.wanted.estimate, "lost": best.lost, "worth": best.worth}
-            found[toward] = {
-                "setting": dict(best.one.setting),
-                "tune": tune | {"compared": len(compared), "at_end": at_end, "by_gate": self.frame.by_gate(best.one)},
-                "tried": len(tried),
-                "norm": _norm(best.one, bench),
-                "seconds": dict(zip(("fit", "choose", "judge"), np.diff(times).tolist(), strict=True)),
-            }
-        one, both = best.one, {"toward": found}
-        kinds: dict[str, Any] = {"fitted": isinstance(one, SteeringVector) or one.changes_weights}
-        kinds |= {"trained": PERMUTED in nulls(name), "words": type(one).prompt is not Intervention.prompt}
-        kinds |= {"oracle": getattr(method_module(name), "ORACLE", False)}
-        tables = {kind: pd.concat([part[kind] for part in judged], ignore_index=True) for kind in TABLES}
-        return {"passes": one.passes, "changes_weights": one.changes_weights} | kinds | both, tables
-
-
 class _Run:
     """The run of an arena in its folder."""
 
-    def __init__(self, judge: _Judge, folder: Path, model: str, tell: Progress, workers: int) -> None:
-        self.judge, self.asking, self.task, self.config = judge, judge.opened, judge.task, judge.config
+    def __init__(self, trial: Trial, folder: Path, model: str, tell: Progress, workers: int) -> None:
+        self.trial, self.asking, self.task, self.config = trial, trial.opened, trial.task, trial.config
         self.folder, self.tell, self.workers = folder, tell, workers
         self.facts, self.written = self._facts(model), list[Path]()
 
@@ -212,13 +127,13 @@ class _Run:
         """Run what is not done yet."""
         with locked(self.folder, lambda: self._done(UNSTEERED)):
             self._check_folder()
-            chosen = list(methods or method_names())
+            chosen = [*(methods or method_names()), *self.trial.elsewhere]
             if not all(map(self._done, (UNSTEERED, *chosen, *self._again(chosen)))):
                 self._run(chosen, methods is not None)
 
     def _run(self, chosen: Sequence[str], by_name: bool) -> None:
         self.tell("arena", "frame", 0, 1, "freezing the test set")
-        frame = self.judge.frame
+        frame = self.trial.frame
         bench = frame.bench
         counts: dict[str, Any] = {"asked": bench.known.asked, "known": len(bench.known.items)}
         counts |= {"order": list(dict.fromkeys([*method_names(), *chosen])), "no_gate": frame.gates.why_none}
@@ -227,16 +142,14 @@ class _Run:
         self._write_set(frame.table())
         self._write_json("frame", self.facts | counts)
         if not self._done(UNSTEERED):
-            self._write(
-                UNSTEERED, ({"passes": 1, "changes_weights": False, "oracle": False}, frame.judged(None, UNSTEERED))
-            )
+            self._write(UNSTEERED, Found({"passes": 1, "changes_weights": False}, frame.judged(None, UNSTEERED)))
         with in_processes(self.workers, self.config.threads) as mapped:
             for waiting in (lambda: chosen, lambda: self._again(chosen)):  # the second depends on the first
                 names = [name for name in waiting() if not self._done(name)]
-                for number, (name, found) in enumerate(zip(names, mapped(self.judge, names), strict=True)):
+                for number, (name, found) in enumerate(zip(names, mapped(self.trial, names), strict=True)):
                     self.tell("arena", name, number, len(names), "")
-                    if by_name and "left_out" in found[0]:
-                        raise InputError(found[0]["left_out"])
+                    if by_name and "left_out" in found.facts:
+                        raise InputError(found.facts["left_out"])
                     self._write(name, found)
         self.tell("arena", "page", 1, 1, "")
 
@@ -255,10 +168,11 @@ class _Run:
         ]
         return [f"{name}@{number}" for name in again for number in range(2, self.config.fits + 1)]
 
-    def _write(self, name: str, found: tuple[dict[str, Any], Mapping[str, pd.DataFrame]]) -> None:
-        for kind, table in found[1].items():
+    def _write(self, name: str, found: Found) -> None:
+        self.written += found.files
+        for kind, table in found.tables.items():
             self._write_table(f"{name}-{kind}", table)
-        self._write_json(name, found[0])
+        self._write_json(name, found.facts)
 
     def _write_set(self, table: pd.DataFrame) -> None:
         """Write the frozen set; InputError where methods were judged on another one, as after a change of rounding."""

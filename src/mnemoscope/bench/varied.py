@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
-from mnemoscope.behaviour import encode
+from mnemoscope.behaviour import encode, written
 from mnemoscope.bench.lists import DrawnBench
 from mnemoscope.bench.prompts import ELSEWHERE, Prompts
 from mnemoscope.runs.errors import InputError
@@ -40,6 +41,8 @@ def varied_lists(bench: DrawnBench) -> dict[str, Prompts]:
     ):
         lists[name] = [(_begun(e, beginning), bare and _begun(bare, beginning)) for e, bare in _pairs(first)]
     texts: dict[str, Callable[[str, Example], str | None]] = {"longer text": _padded, "both answers": _both}
+    if bench.config.long:
+        texts |= _long(bench)
     for name, change in texts.items():
         lists[name] = [
             (replace(example, prompt=quoted.with_text(text)), bare)
@@ -80,6 +83,20 @@ def _solved(bench: DrawnBench) -> list[str]:
 def _padded(text: str, example: Example) -> str:
     """A text with others before and behind it, a paragraph each."""
     return f"{ELSEWHERE[0]}\n{text.rstrip()}\n{ELSEWHERE[1]}"
+
+
+def _long(bench: DrawnBench) -> dict[str, Callable[[str, Example], str]]:
+    """A text first, in the middle, or last in a long one that the model wrote itself, without any prompt."""
+    asking, tokens = bench.asking, bench.config.long
+    ids_T = written(asking, 1, tokens, bench.config.seed + 35)[0, 1:].tolist()
+
+    def amid(place: int, text: str, example: Example) -> str:
+        parts = (ids_T[:place], ids_T[place:])
+        before, behind = (asking.tokenizer.decode(part, skip_special_tokens=True).strip() for part in parts)
+        return "\n".join(filter(None, (before, text.rstrip(), behind)))
+
+    places = {"first": 0, "in the middle": tokens // 2, "last": tokens}
+    return {f"{where} of {tokens} tokens": partial(amid, place) for where, place in places.items()}
 
 
 def _both(text: str, example: Example) -> str | None:

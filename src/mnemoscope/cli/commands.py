@@ -125,13 +125,19 @@ def arena(
     method: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated. Default: all.")] = None,
     option: given.TaskOptions = None,
     size: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: prompts or steps, as conflicts=80.")] = None,
+    carry: Annotated[list[Path] | None, typer.Option(help="Run of another arena, whose fits are judged here.")] = None,
 ) -> None:
     """Compare every way to make a model follow its text, or its memory, on one frozen set of conflicts."""
     from mnemoscope.config import parse_arena
     from mnemoscope.interventions.registry import check_method
     from mnemoscope.tasks import named_task
 
-    asked: dict[str, Any] = {"methods": method, "options": options(option), "sizes": options(size, "--size")}
+    asked: dict[str, Any] = {
+        "methods": method,
+        "options": options(option),
+        "sizes": options(size, "--size"),
+        "carry": carry,
+    }
     parse_arena(asked["sizes"])
     ms.allow_code(*(one for one in method or () if "." in one))  # it is the user who names it
     for one in method or ():

@@ -15,6 +15,9 @@ class ArenaConfig(Frozen):
     conflicts: int = Field(156, ge=6, description="test conflicts, at most")
     kept: int = Field(48, ge=1, description="test prompts that agree with memory, and as many bare questions, at most")
     varied: int = Field(24, ge=0, description="test conflicts of each list of changed prompts; 0: none of these lists")
+    long: int = Field(
+        0, ge=0, le=10**6, description="tokens of other text amid which texts stand; 0: none of these lists"
+    )
     tune_conflicts: int = Field(40, ge=6, description="tune conflicts, at most")
     tune_kept: int = Field(16, ge=1, description="tune prompts of either other kind, at most")
     fit_conflicts: int = Field(200, ge=6, description="fit conflicts, at most")

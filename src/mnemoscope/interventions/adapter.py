@@ -135,8 +135,8 @@ def adapters(bench: Bench, method: str, toward: Toward, loss: Loss | None = None
 
 def again(bench: Bench, one: Adapter, several: Sequence[Labels], loss: Loss | None = None) -> list[Adapter]:
     """The same trained on other labels or answers, one by one."""
-    rate = one.setting["rate"]
-    return [trained(bench, one.method, one.toward, rate, labels, loss).scaled(one.strength) for labels in several]
+    rate, strength = one.setting["rate"], one.setting["strength"] * one.setting.get("scaled", 1.0)  # as in its tensors
+    return [trained(bench, one.method, one.toward, rate, labels, loss).scaled(strength) for labels in several]
 
 
 def trained(

@@ -30,6 +30,11 @@ def nulls(method: str) -> tuple[str, ...]:
     return getattr(module, "NULLS", ("shuffled_labels",) if hasattr(module, "direction") else ())
 
 
+def can_refit(method: str) -> bool:
+    """Whether a method can be fitted again in a setting that was chosen."""
+    return bool({"again", "direction"} & vars(method_module(method)).keys())
+
+
 def refitted(bench: Bench, one: AnyOf, several: Sequence[Labels]) -> list[AnyOf]:
     """An intervention fitted again, by its method and in its setting, on other labels or answers."""
     from mnemoscope.interventions import shifts

@@ -133,11 +133,12 @@ def results_of(records: ArenaRecords) -> Part:
     """All numbers of the page, as ``arena/results.json`` has them."""
     frame, names, by_answers = records.frame, records.methods, records.frame.get("by_answers")
     methods = {
-        name: {key: records.facts[name][key] for key in ("passes", "changes_weights", "oracle", "fits")}
+        name: {key: records.facts[name][key] for key in ("passes", "changes_weights", "oracle", "fits", "carried")}
         | {toward: _measure(records, name, toward) | _chosen(records, name, toward) for toward in Toward}
         for name in names
     }
-    groups, fair = records.groups("conflict"), [name for name in names if not records.facts[name]["oracle"]]
+    groups = records.groups("conflict")
+    fair = [name for name in names if not records.facts[name]["oracle"] and not records.facts[name]["carried"]]
     of_kind = {kind: [name for name in fair if _kind(records.facts[name]) == kind] for kind in KINDS}
     winner = {toward: _best(records, toward, fair) for toward in Toward}
     # Of each kind the method that is best on tune; with these, hooks apart, every method is compared.
@@ -146,6 +147,9 @@ def results_of(records: ArenaRecords) -> Part:
         against = [*(name for kind, name in best[toward].items() if kind != "hooks"), winner[toward]]
         for name, tests in _tests(records, toward, names, against).items():
             methods[name][toward]["tests"] = tests
+        for name in names:
+            if (pair := records.facts[name]["carried"]) and pair[0] in methods:
+                methods[name][toward]["kept_gain"] = _kept_gain(records, toward, name, pair[0])
     made = {
         "schema": 1,
         "model": frame["model"],
@@ -281,6 +285,16 @@ def _minus(records: ArenaRecords, toward: Toward, one: str, other: str, measure:
     minus_FN = np.resize(mine_FN, (fits, mine_FN.shape[1])) - np.resize(theirs_FN, (fits, mine_FN.shape[1]))
     groups, fit_N = np.tile(records.groups("conflict"), fits), np.repeat(np.arange(fits), mine_FN.shape[1])
     return mean(minus_FN.ravel(), groups, _draws(fit_N))
+
+
+def _kept_gain(records: ArenaRecords, toward: Toward, name: str, here: str) -> dict[str, float]:
+    """What a method that was fitted elsewhere gains over the model itself, for what it gains fitted here: shares."""
+    found = {}
+    for measure in MEASURES:
+        own = records.hits(UNSTEERED, toward, measure).mean()
+        gained, inside = (records.hits(one, toward, measure).mean() - own for one in (name, here))
+        found[measure] = float(gained / inside) if inside > 0 else math.nan
+    return found
 
 
 def _tests(

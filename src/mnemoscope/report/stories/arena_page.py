@@ -74,6 +74,8 @@ def facts_of(results: Part) -> str:
         f"{counts}, frozen before anything was applied.",
         f"Weights and passes in {results.dtype}, seed {results.seed}.",
     ]
+    if not results.lists.get("bare"):
+        sentences.append("The task has no bare questions, so nobody can say which of their answers are lost.")
     if not math.isnan(results.by_answers):
         rule = "A rule that sees the two answers alone, without a prompt or a model, tells which is memory's in"
         sentences.append(f"{rule} {percent(results.by_answers)}.")
@@ -112,8 +114,9 @@ def verdict(results: Part, toward: str) -> str:
 def tables_of(results: Part) -> list[Table]:
     """The tables of one arena: answers, costs, tests and changed prompts, in both directions."""
     varied = (_varied,) if any(results.unsteered[toward].varied for toward in Toward) else ()
-    of_each = (_answers, _mixes, _gates, _compared, _costs, *varied)
-    return [table(results, toward) for toward in Toward for table in of_each]
+    of_each = (_answers, _mixes, _gates, _carried, _compared, _costs, *varied)
+    found = (table(results, toward) for toward in Toward for table in of_each)
+    return [table for table in found if table.rows]
 
 
 def across_tables(found: Sequence[Part]) -> list[Table]:
@@ -189,10 +192,24 @@ def _costs(results: Part, toward: str) -> Table:
         numbers = [found.seconds / results.unsteered[toward].seconds, kl.first, kl.next, found.nats, found.repeated]
         numbers.append(found.get("norm", math.nan))
         words = f"{passes}{', other weights' if other_weights else ''}"
-        rows.append([name, words, *map(_number, numbers), _setting(found.get("chosen", {}))])
+        rising = ", still rising where the search ended" if found.get("tune", {}).get("at_end") else ""
+        rows.append([name, words, *map(_number, numbers), _setting(found.get("chosen", {})) + rising])
     columns = ["method", "passes", "seconds, unsteered = 1", "divergence at a cut", "and behind it"]
     columns += ["nats a token written", "repeated", "relative norm", "chosen"]
     return Table(f"{TITLES[toward]}: costs", columns, rows)
+
+
+def _carried(results: Part, toward: str) -> Table:
+    """Of methods that were fitted elsewhere, what they do here beside the same method fitted here."""
+    rows = []
+    for about in results.methods.values():
+        if about.carried and "kept_gain" in (found := about[toward]):
+            method, origin = about.carried
+            inside, lost = results.methods[method][toward], _share(found.lost)
+            kept = _share(found.kept_gain.exact)
+            rows.append([method, origin, _ranged(found.exact), lost, _ranged(inside.exact), kept])
+    columns = ["method", "fitted on", "exact answer", "lost", "fitted here", "of the gain fitted here"]
+    return Table(f"{TITLES[toward]}: fitted elsewhere", columns, rows)
 
 
 def _compared(results: Part, toward: str) -> Table:
