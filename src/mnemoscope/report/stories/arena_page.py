@@ -276,7 +276,11 @@ def _drawn(results: Part, name: str) -> Sequence[str]:
 
 
 def _panel(results: Part, toward: str) -> Panel:
-    """Wanted answers against answers lost: a disc for one pass, a square for two, a triangle for other weights."""
+    """Wanted answers against answers lost: a disc for one pass, a square for two, a triangle for other weights.
+
+    Exact answers with their intervals, or where none was written those that begin so.
+    """
+    shown = "exact" if results.unsteered[toward].exact.known else "wanted"
 
     def plot() -> Figure:
         figure, ax = canvas(330)
@@ -285,17 +289,21 @@ def _panel(results: Part, toward: str) -> Panel:
         for name, found in _methods(results, toward):
             passes, other_weights = _cost(results, name)
             marker = "^" if other_weights else "s" if passes > 1 else "o"
-            x, y = 100 * found.lost, 100 * found.wanted.estimate
-            ax.plot(x, y, marker, color=INK if name == UNSTEERED else COLOUR[toward], markersize=7, alpha=0.85)
+            x, y, colour = 100 * found.lost, 100 * found[shown].estimate, INK if name == UNSTEERED else COLOUR[toward]
+            ax.plot([x, x], [100 * found[shown].low, 100 * found[shown].high], color=colour, linewidth=1, alpha=0.35)
+            ax.plot(x, y, marker, color=colour, markersize=7, alpha=0.85)
             places.append((x, y, name))
         _named(ax, places)
         for marker, words in (("o", "one pass"), ("s", "two passes"), ("^", "other weights")):
             ax.plot([], [], marker, color=MUTED, markersize=6, label=words)
         figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=10, labelcolor=MUTED)
-        ax.axhline(100 * results.unsteered[toward].wanted.estimate, color=MUTED, linewidth=1, linestyle=FINE, zorder=0)
+        ax.axhline(100 * results.unsteered[toward][shown].estimate, color=MUTED, linewidth=1, linestyle=FINE, zorder=0)
         right = max([place[0] for place in places if not math.isnan(place[0])], default=0.0)
         ax.set(
-            xlabel="other answers lost, %", ylabel="wanted answers, %", ylim=(-3, 103), xlim=(-2, max(20.0, right + 14))
+            xlabel="other answers lost, %",
+            ylabel=f"{shown} answers, %",
+            ylim=(-3, 103),
+            xlim=(-2, max(20.0, right + 14)),
         )
         ax.spines["left"].set_color(RULE)
         return figure
