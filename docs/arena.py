@@ -25,11 +25,12 @@ from mnemoscope.statistics import Estimate
 OURS = ("gradient", "learned", "low-rank")
 KINDS = {
     "a sentence in the prompt": ("prompt",),
-    "contrastive decoding, two passes": ("cad", "adacad", "coiecd", "grd", "nwcad"),
+    "solved conflicts before it": ("few-shot",),
+    "contrastive decoding, two passes": ("cad", "adacad", "coiecd", "grd", "nwcad", "fides"),
     "an oracle: the bare question, or no text": ("cad-bare", "delete"),
     "one vector, ours": ("gradient", "learned"),
     "one vector, others'": ("caa", "nmd", "iti", "knob"),
-    "heads or neurons scaled": ("june", "juice", "ircan"),
+    "heads, neurons or attention scaled": ("june", "juice", "ircan", "attend"),
     "a low-rank edit, ours": ("low-rank",),
     "a low-rank edit, LoReFT": ("reft",),
     "an adapter, other weights": ("lora", "dpo"),
