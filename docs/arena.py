@@ -24,12 +24,13 @@ from mnemoscope.statistics import Estimate
 
 OURS = ("gradient", "learned", "low-rank")
 KINDS = {
-    "a sentence in the prompt": ("prompt", "few-shot"),
-    "contrastive decoding, two passes": ("cad", "adacad", "coiecd", "fides", "grd", "nwcad"),
+    "a sentence in the prompt": ("prompt",),
+    "solved conflicts before it": ("few-shot",),
+    "contrastive decoding, two passes": ("cad", "adacad", "coiecd", "grd", "nwcad", "fides"),
     "an oracle: the bare question, or no text": ("cad-bare", "delete"),
     "one vector, ours": ("gradient", "learned"),
     "one vector, others'": ("caa", "nmd", "iti", "knob"),
-    "heads, attention or neurons scaled": ("june", "juice", "attend", "ircan"),
+    "heads, neurons or attention scaled": ("june", "juice", "ircan", "attend"),
     "a low-rank edit, ours": ("low-rank",),
     "a low-rank edit, LoReFT": ("reft",),
     "an adapter, other weights": ("lora", "dpo"),

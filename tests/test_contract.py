@@ -33,7 +33,8 @@ from mnemoscope.models import backbone_of
 from mnemoscope.runs.errors import InputError
 
 Fitted = dict[tuple[str, Toward], Intervention]
-ASKING = ("prompt", "delete", "cad", "cad-bare", "adacad", "coiecd", "grd", "nwcad", "sharper")  # these change no pass
+# These change no pass.
+ASKING = ("prompt", "few-shot", "delete", "cad", "cad-bare", "adacad", "coiecd", "grd", "nwcad", "fides", "sharper")
 EVERY = [*method_names(), *map(name_of, PLANTED)]
 
 

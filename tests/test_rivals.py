@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -12,19 +13,23 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AttentionInterface
 
 from arena_lists import greedy, ids_of, labels_by, plainly
+from families import FAMILIES, prompts, tiny, tokenizer
 from little_facts import LittleFacts
+from mnemoscope.behaviour import Asking, Prompting
 from mnemoscope.bench.answers import scores
 from mnemoscope.bench.lists import DrawnBench
+from mnemoscope.bench.prompts import Prompts
 from mnemoscope.config import LoraConfig
 from mnemoscope.interventions import Intervention, LowRank, SteeringVector, Toward
 from mnemoscope.interventions.adapter import Adapter
 from mnemoscope.interventions.decoding import Decoding
 from mnemoscope.interventions.learning import Asked
 from mnemoscope.interventions.methods import candidates
-from mnemoscope.models import adapt, blocks_of, core_of, heads_of
-from mnemoscope.rivals import adacad, caa, coiecd, dpo, grd, ircan, iti, knob, nwcad, reft
+from mnemoscope.models import adapt, blocks_of, cache_of, core_of, heads_of, pass_inputs
+from mnemoscope.rivals import adacad, attend, caa, coiecd, dpo, few_shot, grd, ircan, iti, knob, nwcad, reft
 from mnemoscope.runs.errors import InputError
 
 
@@ -287,6 +292,120 @@ def test_preference_is_its_formula(bench: DrawnBench) -> None:
     assert dpo.preference(asking, asked).item() == pytest.approx(np.mean(losses), abs=1e-3)
 
 
+def by_hand(asking: Asking, heads: Any, factor: float, start: int = 0) -> Any:
+    """A copy of a model that multiplies attention to the text, six tokens, behind the softmax, and then normalises."""
+
+    def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **how: Any) -> tuple[Tensor, None]:
+        ahead = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
+        weights = (how["scaling"] * q @ k.transpose(-1, -2)).masked_fill(ahead, -torch.inf).softmax(-1)
+        weights[:, [head for layer, head in heads if layer == module.layer_idx], start:, :6] *= factor
+        return (weights / weights.sum(-1, keepdim=True) @ v).transpose(1, 2), None
+
+    AttentionInterface.register("by_hand", attention)
+    model = deepcopy(asking.model)
+    model.set_attn_implementation("by_hand")
+    return model
+
+
+@pytest.mark.parametrize("toward", list(Toward))
+def test_attention_to_a_text_is_multiplied_and_then_normalised(bench: DrawnBench, toward: Toward) -> None:
+    asking, listed, one = bench.asking, bench.test["conflict"], attend.candidates(bench, toward)[5]
+    assert (len(one.heads), one.factor) == (3, pytest.approx(100.0 if toward == "generalized" else 0.01))
+    rows, model = [ids_of(asking, e.prompt) for e in listed.examples], by_hand(asking, one.heads, one.factor)
+    found = labels_by(asking, listed, lambda n: greedy(asking, rows[n], lambda ids: plainly(model, ids)[-1]))
+    assert scores(one, listed).behaviour_N.tolist() == found
+    with one.marked(listed.text_columns([0], torch.ones(1, len(rows[0])))).apply(asking.model):
+        torch.testing.assert_close(plainly(asking.model, rows[0]), plainly(model, rows[0]), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(plainly(asking.model, rows[0]), plainly(model, rows[0]), atol=1e-2, rtol=1e-2)
+    alone, changes = by_hand(asking, [[1, 2]], 10.0**toward.sign, start=8), list[float]()  # from the decision on
+    for example in bench.fit_conflicts.examples[: attend.EXAMPLES]:
+        ids, wanted = ids_of(asking, example.prompt), ids_of(asking, str(getattr(example, toward)))[0]
+        after, before = (plainly(one, ids)[-1].log_softmax(-1)[wanted] for one in (alone, asking.model))
+        changes.append(float(after - before))
+    assert (effects_LH := attend.effects(bench, toward))[1, 2] == pytest.approx(np.mean(changes), abs=1e-5)
+    assert min(effects_LH[layer, head] for layer, head in one.heads) == np.sort(effects_LH.ravel())[-3]
+
+
+def test_a_text_is_found_by_its_tokens_in_plain_prompts_and_in_chats(bench: DrawnBench) -> None:
+    (conflict,), (bare,) = (one[:1] for one in (bench.test["conflict"].examples, bench.test["bare"].examples))
+    chat = deepcopy(bench.asking.tokenizer)
+    chat.chat_template = "question : has {{ messages[0]['content'] }} ."
+    for asking in (bench.asking, replace(bench.asking, tokenizer=chat, prompting=Prompting(chat=True))):
+        both = Prompts(asking, [conflict, bare], [bench.task.without_context(conflict), bare])
+        inputs = asking.padded([asking.text(example.prompt) for example in both.examples])
+        text_NT = both.text_columns([0, 1], inputs.attention_mask)
+        assert chat.decode(inputs.input_ids[0, text_NT[0]]).split() == conflict.prompt.split()[:6]
+        assert not text_NT[1].any()
+        wider_NT = torch.nn.functional.pad(inputs.attention_mask, (3, 0)).flip(0)
+        assert both.text_columns([1, 0], wider_NT)[1, 3:].equal(text_NT[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_steered_alike_in_batches_from_caches_and_in_both_implementations(family: str) -> None:
+    model, one = tiny(family), attend.Attend(toward="generalized", heads=[[1, 0], [2, 3]], factor=1e4)
+    inputs = Asking(model, tokenizer()).padded(prompts())
+    ids_NT, mask_NT = (torch.nn.functional.pad(inputs[name], (0, 2), value=1) for name in inputs)
+    text_NT = inputs.attention_mask.bool() & (torch.arange(12) > 6) & (torch.arange(12) < 10)
+    marked, cache, parts = one.marked(text_NT), None, list[Tensor]()
+    with torch.no_grad():
+        plain = model(**pass_inputs(model, ids_NT, mask_NT)).logits[:, -2:]
+        with marked.apply(model):
+            whole = model(**pass_inputs(model, ids_NT, mask_NT)).logits[:, -2:]
+            for begin, end in ((0, 12), (12, 13), (13, 14)):
+                output = model(**pass_inputs(model, ids_NT[:, begin:end], mask_NT[:, :end], cache))
+                cache, parts = cache_of(output), [*parts, output.logits[:, -1:]]
+        for n, row_T in enumerate(mask_NT.bool()):
+            with one.marked(text_NT[n : n + 1, row_T[:12]]).apply(model):
+                alone = model(input_ids=ids_NT[n : n + 1, row_T]).logits[:, -2:]
+            torch.testing.assert_close(alone[0], whole[n], atol=1e-5, rtol=1e-4)
+        model.set_attn_implementation("eager")
+        with marked.apply(model, alpha=[1.0, 1.0, 0.0, 1.0]):
+            eager = model(**pass_inputs(model, ids_NT, mask_NT)).logits[:, -2:]
+    torch.testing.assert_close(torch.cat(parts[1:], dim=1), whole, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(eager, torch.cat([whole[:2], plain[2:3], whole[3:]]), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(whole, plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("toward", list(Toward))
+def test_three_signals_weigh_the_contrast_of_each_token(bench: DrawnBench, toward: Toward) -> None:
+    """By hand, at the last two tokens: outputs, states of three blocks, and what the first and last of them predict."""
+    model: Any = bench.asking.model
+    one, listed, weights = candidates("fides", bench, toward)[5], bench.test["conflict"], list[float]()
+
+    def read(prompt: str, answer: str) -> list[Any]:
+        with one.watched(model) as seen, torch.no_grad(), ExitStack() as stack:
+            states = list[Tensor]()
+            for block in model.transformer.h:
+                stack.callback(block.register_forward_hook(lambda *given: states.append(given[2][0, -2:])).remove)
+            logits_MV = plainly(model, ids_of(bench.asking, prompt + answer))[-2:]
+            p, q = (model.lm_head(model.transformer.ln_f(states[layer])).softmax(-1) for layer in (0, -1))
+        units = [state / (state**2).sum(1, keepdim=True).sqrt() for state in states]
+        return [logits_MV, units, (p * (p / q).log()).sum(1), seen(2)]
+
+    for example, cut in zip(listed.examples, listed.contrast("cut"), strict=True):
+        mine, other = read(example.prompt, str(example.memorized)), read(cut.prompt, str(example.memorized))
+        found_MV = one.join(mine[0][None], other[0][None], mine[3], other[3])[0]
+        first, second = (mine, other) if toward == "generalized" else (other, mine)
+        for m in range(2):
+            distance = sum(float((a[m] - b[m]).norm()) for a, b in zip(first[1], second[1], strict=True)) / 3
+            score = 0.5 * adacad.divergence(first[0], second[0])[m] + 0.03 * distance + 0.2 * min(1, first[2][m] / 5)
+            weights.append(max(0.1, 1.5 * float(score)))
+            wanted_V = (1 + weights[-1]) * first[0][m] - weights[-1] * second[0][m]
+            torch.testing.assert_close(found_MV[m], wanted_V, atol=1e-4, rtol=1e-4)
+    assert max(weights) > 2 * min(weights)
+
+
+def test_solved_conflicts_stand_before_the_prompt(bench: DrawnBench) -> None:
+    quoted = bench.test["conflict"].quoted[0]
+    for toward in Toward:
+        fit = {e.prompt + str(getattr(e, toward)): e.group for e in bench.fit_conflicts.examples}
+        ways = zip(candidates("few-shot", bench, toward), (2, 2, 4, 4), ("\n", "\n\n") * 2, strict=True)
+        for one, shots, between in ways:
+            *solved, last = one.prompt(quoted).split(between)
+            assert (last, len({fit[one] for one in solved}), len(solved)) == (quoted.prompt, shots, shots)
+        assert few_shot.drawn(bench.again(1), toward) != few_shot.drawn(bench, toward)
+
+
 def test_what_a_method_cannot_take_is_one_line(bench: DrawnBench) -> None:
     without = DrawnBench.of(bench.asking, LittleFacts(bares=False), bench.config)
     for method in ("cad", "adacad", "coiecd", "ircan"):
@@ -300,3 +419,12 @@ def test_what_a_method_cannot_take_is_one_line(bench: DrawnBench) -> None:
     ):
         pass
     assert isinstance(candidates("caa", bench, "memorized")[0], SteeringVector)
+    one, model = attend.Attend(toward="generalized", heads=[[0, 0]], factor=2.0), deepcopy(bench.asking.model)
+    with pytest.raises(InputError, match="text: where it stands"), one.apply(model):
+        plainly(model, [3, 4])
+    model.config._attn_implementation = "flash_attention_2"
+    for head, message in ((0, "attn_implementation: 'flash_attention_2'"), (4, r"heads: \[0, 4\]; this model has 3")):
+        with pytest.raises(InputError, match=message):
+            replace(one, heads=[[0, head]]).check_shape(model)
+    with pytest.raises(InputError, match="attend: no fit conflict quotes a text"):
+        candidates("attend", without, "generalized")

@@ -39,6 +39,7 @@ from mnemoscope.behaviour import (
 )
 from mnemoscope.bench.prompts import Prompts
 from mnemoscope.interventions import Intervention, Quoted, SteeringVector, Toward
+from mnemoscope.interventions.contract import Seen
 from mnemoscope.interventions.detect import Detector, Reading
 from mnemoscope.models import (
     Precision,
@@ -74,7 +75,11 @@ def scores(one: Intervention, prompts: Prompts, margins: bool = False, roughly: 
         with in_precision(asking.model, precision):
             return score(asking, batches, margins=margins, applied=partial(one.apply, asking.model))
     bares = dict(zip(map(id, batches), prompts.contrast_batches(one.contrast), strict=True)) if one.contrast else {}
-    return score_read(asking, batches, lambda batch, single: _logits(asking, one, single, bares.get(id(batch))))
+
+    def read(batch: Batch, each: Batch) -> Tensor:
+        return _logits(asking, _marked(one, prompts, each.examples_N, each.mask_NT), each, bares.get(id(batch)))
+
+    return score_read(asking, batches, read)
 
 
 def steered(asking: Asking, batches: Sequence[Batch], vector: SteeringVector, margins: bool = True) -> Scores:
@@ -92,11 +97,23 @@ def _logits(asking: Asking, one: Intervention, single: Batch, bare: Batch | None
     # Recorded outputs of blocks would be replayed inside passes that hooks appear in later.
     ready = replace(single, unshifted=None) if one.in_one_go else single
     with one.apply(asking.model, start=0 if one.everywhere else single.ids_NT.shape[1] - 1):
-        mine_NMV = read_only_options(asking.model, ready, closed=True)
+        mine_NMV, mine = _watched(one, asking.model, ready)
     if bare is None:
         return mine_NMV
-    same = with_options(bare, single.option_R[None])
-    return one.join(mine_NMV, read_only_options(asking.model, same, closed=True))
+    other_NMV, other = _watched(one, asking.model, with_options(bare, single.option_R[None]))
+    return one.join(mine_NMV, other_NMV, mine, other)
+
+
+def _watched(one: Intervention, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Any]:
+    """Logits of a pass over options, (N, M + 1, V), and what an intervention sees at these tokens."""
+    with one.watched(model) as seen:
+        logits_NMV = read_only_options(model, batch, closed=True)
+    return logits_NMV, seen(logits_NMV.shape[1])
+
+
+def _marked(one: Intervention, prompts: Prompts, chosen_N: Sequence[int] | np.ndarray, mask_NT: Tensor) -> Intervention:
+    """The intervention for a batch of some prompts, told where their texts stand if it asks."""
+    return one if type(one).marked is Intervention.marked else one.marked(prompts.text_columns(chosen_N, mask_NT))
 
 
 def worded(one: Intervention, prompts: Prompts) -> list[Example]:
@@ -163,8 +180,9 @@ def _generated(one: Intervention, prompts: Prompts, tokens: int) -> Iterator[tup
         inputs = asking.padded([asking.text(e.prompt) for e in examples[chosen]])
         began = time.perf_counter()
         others = [asking.text(other.prompt) for other in contrast[chosen]]
-        joined = [_Joined(one, asking.model, asking.padded(others))] if others else []
-        with one.apply(asking.model):
+        marked = _marked(one, prompts, range(len(prompts))[chosen], inputs.attention_mask)
+        with marked.apply(asking.model), one.watched(asking.model) as seen:
+            joined = [_Joined(one, asking.model, asking.padded(others), seen)] if others else []
             found = continued(asking.model, asking.tokenizer, inputs, tokens, processors=joined)
         yield *found, time.perf_counter() - began
 
@@ -172,19 +190,21 @@ def _generated(one: Intervention, prompts: Prompts, tokens: int) -> Iterator[tup
 class _Joined:
     """A logits processor that joins each token's logits with those that the model gives behind the contrast."""
 
-    def __init__(self, one: Intervention, model: PreTrainedModel, contrast: Any) -> None:
-        self.one, self.model = one, model
+    def __init__(self, one: Intervention, model: PreTrainedModel, contrast: Any, seen: Seen) -> None:
+        self.one, self.model, self.seen = one, model, seen
         self.cache: Any = None
         self.ids_NT, self.mask_NT = contrast.input_ids, contrast.attention_mask
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Joined logits, float32 (N, V)."""
+        mine = self.seen(1)
         if self.cache is not None:
             self.ids_NT = input_ids[:, -1:]
             self.mask_NT = torch.cat([self.mask_NT, torch.ones_like(self.ids_NT)], dim=1)
-        output = with_last_logits(self.model, pass_inputs(self.model, self.ids_NT, self.mask_NT, self.cache))
+        with self.one.watched(self.model) as seen:
+            output = with_last_logits(self.model, pass_inputs(self.model, self.ids_NT, self.mask_NT, self.cache))
         self.cache = cache_of(output)
-        return self.one.join(scores[:, None].float(), output.logits[:, -1:].float())[:, 0]
+        return self.one.join(scores[:, None].float(), output.logits[:, -1:].float(), mine, seen(1))[:, 0]
 
 
 def _repeated(ids: Sequence[int]) -> float:
@@ -242,6 +262,7 @@ class Neutral:
     def _logp(self, one: Intervention, batch: Batch) -> Tensor:
         """Log probabilities at the cut and behind it, float32 (N, M, V)."""
         ready = without_prefix(batch) if one.everywhere else batch
+        one = one.marked(torch.zeros_like(batch.mask_NT, dtype=torch.bool))  # it quotes no text
         return _logits(self.asking, one, ready)[:, :-1].log_softmax(-1)
 
     def read(self, detector: Detector) -> Reading:

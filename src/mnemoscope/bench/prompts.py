@@ -1,4 +1,7 @@
-"""A list of prompts, prepared once for all interventions."""
+"""A list of prompts, prepared once for all interventions.
+
+Shapes: N prompts, T tokens of a left-padded batch.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mnemoscope.behaviour import Asking, Batch, Scores, as_batch, cache_prefixes, encode, score
 from mnemoscope.interventions import Contrast, Quoted
@@ -58,6 +63,20 @@ class Prompts:
         """The parts of each prompt."""
         pairs = zip(self.examples, self.bares, strict=True)
         return [Quoted.of(example.prompt, bare.prompt if bare else None) for example, bare in pairs]
+
+    def text_columns(self, chosen_N: Sequence[int] | np.ndarray, mask_NT: Tensor) -> Tensor:
+        """Which tokens of a left-padded batch of some prompts are of the text that is quoted, if found; bool (N, T)."""
+        text_NT, how = torch.zeros_like(mask_NT, dtype=torch.bool), {"return_offsets_mapping": True}
+        for row, n in enumerate(chosen_N):
+            quoted, formatted = self.quoted[n], self.asking.text(self.examples[n].prompt)
+            text, behind = quoted.text.strip(), max(0, formatted.find(quoted.before)) + len(quoted.before)
+            if text and (begin := formatted.find(text, behind)) >= 0:
+                special = not self.asking.prompting.chat
+                places = self.asking.tokenizer(formatted, add_special_tokens=special, **how).offset_mapping
+                is_text = torch.tensor([start < begin + len(text) and begin < end for start, end in places])
+                first = int(mask_NT[row].argmax())
+                text_NT[row, first : first + len(is_text)] = is_text.to(text_NT.device)
+        return text_NT
 
     @cached_property
     def batches(self) -> list[Batch]:

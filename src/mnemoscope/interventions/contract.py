@@ -11,7 +11,7 @@ Shapes: N prompts, M tokens of an answer, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 Bench: TypeAlias = "lists.Bench"  # what methods are fitted on
 KINDS = ("words", "decoding", "vector", "adapter")  # modules of this package; others are found once they are imported
+Seen: TypeAlias = Callable[[int], Any]  # of how many last columns of a pass -> what was seen there, or None
 Contrast = Literal["bare", "cut"]  # with what a prompt is contrasted: its bare question, or itself without its text
 
 
@@ -93,8 +94,16 @@ class Intervention(Artefact):
         """The context in which passes run; see ``SteeringVector.apply``. By default nothing is changed."""
         return nullcontext()
 
-    def join(self, mine_NMV: Tensor, other_NMV: Tensor) -> Tensor:
-        """Logits from those of a prompt and those of its ``contrast``."""
+    def marked(self, text_NT: Tensor) -> Intervention:
+        """The same for a batch, of whose tokens ``text_NT``, bool, are quoted texts; asked of what is ``in_one_go``."""
+        return self
+
+    def watched(self, model: PreTrainedModel) -> AbstractContextManager[Seen]:
+        """The context of passes that are joined, and what tells behind each what ``join`` needs beside its logits."""
+        return nullcontext(lambda columns: None)
+
+    def join(self, mine_NMV: Tensor, other_NMV: Tensor, *seen: Any) -> Tensor:
+        """Logits from those of a prompt and those of its ``contrast``; ``seen``: what was ``watched`` in either."""
         return mine_NMV
 
     def scaled(self, alpha: float) -> Intervention:

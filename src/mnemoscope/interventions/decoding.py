@@ -5,12 +5,13 @@ Shapes: N prompts, M tokens, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mnemoscope.interventions.contract import Bench, Contrast, Intervention, Toward
+from mnemoscope.interventions.contract import Bench, Contrast, Intervention, Seen, Toward
 from mnemoscope.interventions.registry import method_module
 from mnemoscope.runs.errors import InputError
 
@@ -20,7 +21,7 @@ class Decoding(Intervention):
     """Logits that ``joined(first_NMV, other_NMV, **weights)`` of the method's module makes of two passes.
 
     ``first`` is the side to be followed; weights are all of ``setting`` but its contrast. ``alpha``: how far logits go
-    from the prompt's own to the joined ones.
+    from the prompt's own to the joined ones. A module with ``watched(model)`` is given what it saw in either pass too.
     """
 
     alpha: float = 1.0
@@ -29,11 +30,17 @@ class Decoding(Intervention):
     KIND: ClassVar[str] = "decoding"
     passes: ClassVar[int] = 2
 
-    def join(self, mine_NMV: Tensor, other_NMV: Tensor) -> Tensor:
+    def watched(self, model: Any) -> AbstractContextManager[Seen]:
+        """That of the method's module, where it has one."""
+        found: AbstractContextManager[Seen] = getattr(method_module(self.method), "watched", super().watched)(model)
+        return found
+
+    def join(self, mine_NMV: Tensor, other_NMV: Tensor, *seen: Any) -> Tensor:
         """Joined logits; towards memory the two change roles."""
-        both = (mine_NMV, other_NMV) if self.toward == "generalized" else (other_NMV, mine_NMV)
+        both = [(mine_NMV, other_NMV), [one for one in seen if one is not None]]
+        given = [one for pair in both for one in pair[:: self.toward.sign]]
         weights = {name: value for name, value in self.setting.items() if name not in ("contrast", "scaled")}
-        joined_NMV: Tensor = method_module(self.method).joined(*both, **weights)
+        joined_NMV: Tensor = method_module(self.method).joined(*given, **weights)
         return joined_NMV if self.alpha == 1.0 else mine_NMV + self.alpha * (joined_NMV - mine_NMV)
 
     def scaled(self, alpha: float) -> Intervention:

@@ -1,6 +1,6 @@
 """Edits of a model's states inside a context: shift, ablate, patch; the only hook here that writes.
 
-Shapes: N examples, T tokens (columns) of a pass, L layers, D neurons, R rows of a pass.
+Shapes: N examples, T tokens (columns) of a pass, L layers, D neurons, R rows of a pass, H heads, C columns so far.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from mnemoscope.interventions.edits import Edit, as_edits
 from mnemoscope.models import (
     Site,
     backbone_of,
+    blocks_of,
     cached_columns,
     check_hookable,
     check_ran,
@@ -147,6 +148,44 @@ def adding(
             stack.callback(core_of(model).get_submodule(name).register_forward_hook(hook(function)).remove)
         yield
         if added and not ran:
+            raise InputError(NOTHING_RAN)
+
+
+@contextmanager
+def attending(model: PreTrainedModel, text_NT: Tensor | None, added_H: Mapping[int, Tensor]) -> Iterator[None]:
+    """Add a number for each head, by layer, times ``text_NT`` to attention logits at columns of a left-padded batch."""
+    text_RC = torch.empty(0)
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal text_RC
+        if text_NT is None:
+            raise InputError("text: where it stands is not known inside a pass; answer by fitted.generate")
+        given = args[0] if args else kwargs.get("input_ids")
+        rows, columns = (kwargs["inputs_embeds"] if given is None else given).shape[:2]
+        later = (cached_columns(kwargs) or 0) + columns - text_NT.shape[1]
+        text_RC = nn.functional.pad(text_NT[prompts_of_rows(rows, len(text_NT)).to(text_NT.device)], (0, later))
+
+    def add(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        states_RTD, mask = args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask", "none")
+        added = text_RC.to(states_RTD)[:, None, None] * added_H[layer].to(states_RTD)[:, None, None]
+        queries, columns, least = states_RTD.shape[1], text_RC.shape[1], torch.finfo(added.dtype).min
+        mask = added.new_ones(1, 1, queries, columns).tril(columns - queries).bool() if mask is None else mask
+        if not isinstance(mask, Tensor) or mask.ndim != 4:
+            raise InputError("model: its attention is given no mask of queries and keys, to which numbers can be added")
+        beside = mask.shape[-1] - columns  # a window has the last columns, a cache of a fixed size more than all
+        added = nn.functional.pad(added, (min(beside, 0), max(beside, 0)))
+        mask = torch.where(mask, added, least) if mask.dtype == torch.bool else mask + added
+        return args, kwargs | {"attention_mask": mask}
+
+    check_hookable(model)
+    with ExitStack() as stack:
+        stack.callback(backbone_of(model).register_forward_pre_hook(see, with_kwargs=True).remove)
+        for layer in added_H:
+            parts, (projection, _) = blocks_of(model)[layer].modules(), site_module(model, layer, "head")
+            attention = next(part for part in parts if projection in part.children())
+            stack.callback(attention.register_forward_pre_hook(partial(add, layer), with_kwargs=True).remove)
+        yield
+        if not text_RC.numel():
             raise InputError(NOTHING_RAN)
 
 
