@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour.asking import Asking, pad_of
-from mnemoscope.models import PLAINLY, context_length, end_ids, pass_inputs
+from mnemoscope.models import PLAINLY, context_length, end_ids, pass_inputs, with_last_logits
 from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Example
 
@@ -107,7 +107,8 @@ def written(asking: Asking, texts: int, length: int, seed: int) -> Tensor:
 @torch.no_grad()
 def cost_of(model: PreTrainedModel, ids_NT: Tensor, mask_NT: Tensor, width: int) -> np.ndarray:
     """Mean cost of the tokens from column ``width`` on, up to the end of each text, in nats a token; float64 (N,)."""
-    logp_NTV = model(**pass_inputs(model, ids_NT, mask_NT)).logits[:, width - 1 : -1].float().log_softmax(-1)
+    output = with_last_logits(model, pass_inputs(model, ids_NT, mask_NT), ids_NT.shape[1] - width + 1)
+    logp_NTV = output.logits[:, :-1].float().log_softmax(-1)
     logp_NT = logp_NTV.gather(2, ids_NT[:, width:, None])[..., 0]
     written_NT = mask_NT[:, width:].bool()  # each row has a token
     cost_N = -logp_NT.masked_fill(~written_NT, 0.0).sum(1) / written_NT.sum(1)

@@ -5,6 +5,7 @@ Shapes: N prompts, M tokens of an answer, T tokens (columns), V vocabulary.
 
 from __future__ import annotations
 
+import math
 import re
 import string
 import time
@@ -128,7 +129,8 @@ def worded(one: Intervention, prompts: Prompts) -> list[Example]:
 class Texts:
     """Generated texts of N prompts, the seconds that each took in its batch, and what they cost the model itself.
 
-    ``nats_N``: mean cost a token under the model without an intervention, behind the prompt as it was asked.
+    ``nats_N``: mean cost a token under the model without an intervention, behind the prompt as it was asked; NaN where
+    it was not measured.
     ``repeated_N``: share of a text's pairs of neighbouring tokens that it had before.
     """
 
@@ -157,16 +159,17 @@ def answered(one: Intervention, prompts: Prompts, tokens: int = 20) -> list[str]
     ]
 
 
-def texts_of(one: Intervention, prompts: Prompts, tokens: int) -> Texts:
-    """Generate greedily behind prompts under an intervention, and measure what came out."""
+def texts_of(one: Intervention, prompts: Prompts, tokens: int, measured: float = math.inf) -> Texts:
+    """Generate greedily behind prompts under an intervention; what came out first, about ``measured``, is measured."""
     model, tokenizer = prompts.asking.model, prompts.asking.tokenizer
     texts, nats, repeated, seconds = list[str](), list[float](), list[float](), 0.0
     for ids_NT, mask_NT, width, took in _generated(one, prompts, tokens):
         seconds += took
-        nats += cost_of(model, ids_NT, mask_NT, width).tolist()
+        nats += cost_of(model, ids_NT, mask_NT, width).tolist() if len(nats) < measured else []
         texts += tokenizer.batch_decode(ids_NT[:, width:], skip_special_tokens=True)
         for ids, mask in zip(ids_NT[:, width:].tolist(), mask_NT[:, width:].tolist(), strict=True):
             repeated.append(_repeated(ids[: sum(mask)]))
+    nats += [math.nan] * (len(texts) - len(nats))
     return Texts(texts, seconds / max(1, len(prompts)), np.array(nats), np.array(repeated))
 
 
@@ -272,22 +275,22 @@ class Neutral:
             found.append(states_at_the_end(model, batch.ids_NT, batch.mask_NT, detector.site))
         return detector.read(np.concatenate(found))
 
-    def measured(self, one: Intervention) -> pd.DataFrame:
+    def measured(self, one: Intervention | None) -> pd.DataFrame:
         """A row a cut: ``text``, ``place``, divergence of the intervention from the model itself in nats, and whether
         the likeliest next token stays (``same_top``).
 
-        KL at the cut (``kl_first``) and the mean of the tokens behind it (``kl_next``). No row where two passes are
-        joined, as neutral text has no bare question.
+        KL at the cut (``kl_first``) and the mean of the tokens behind it (``kl_next``). No row of None, and where two
+        passes are joined, as neutral text has no bare question.
         """
         import pandas as pd
 
-        batches, found = ([] if one.contrast else self.batches), list[pd.DataFrame]()
-        if batches and (sentence := one.prompt(Quoted("", "", ""))):
+        batches, found = ([] if one is None or one.contrast else self.batches), list[pd.DataFrame]()
+        if one and batches and (sentence := one.prompt(Quoted("", "", ""))):
             ids = self.asking.tokenizer(sentence, add_special_tokens=False).input_ids
             encoded = [replace(e, context=[e.context[0], *ids, *e.context[1:]]) for e in self.encoded]
             batches = [as_batch(self.asking, encoded, batch.examples_N) for batch in batches]
         for batch, plain_NMV in zip(batches, self.plain[: len(batches)], strict=True):
-            with_NMV = self._logp(one, batch)
+            with_NMV = self._logp(one or NOTHING, batch)
             kl_NM = (plain_NMV.exp() * (plain_NMV - with_NMV)).sum(-1).double().cpu().numpy()
             same_N = (plain_NMV[:, 0].argmax(-1) == with_NMV[:, 0].argmax(-1)).cpu().numpy()
             found.append(pd.DataFrame({"kl_first": kl_NM[:, 0], "kl_next": kl_NM[:, 1:].mean(1), "same_top": same_N}))

@@ -82,11 +82,16 @@ class Frame:
         return {gate: float(np.mean(shares)) for gate, shares in found.items()}
 
     def judged(self, one: Intervention | None, toward: str, bench: DrawnBench | None = None) -> dict[str, pd.DataFrame]:
-        """Tables by name of an intervention, or of none, towards a behaviour; ``bench``: what it was fitted on."""
+        """Tables by name of an intervention, or of none, towards a behaviour; ``bench``: what it was fitted on.
+
+        Of further fits the frozen lists alone, without changed prompts and neutral text.
+        """
         bench = bench or self.bench
+        first = bench.seed == self.bench.seed
         parts = [
             self._answers(name, scores(one, prompts) if one else prompts.unsteered, toward)
             for name, prompts in self.lists.items()
+            if first or name in LISTS
         ]
         for role, number, control in self._controls(bench, one) if one else ():
             parts.append(self._answers("conflict", scores(control, self.lists["conflict"]), toward, number, role))
@@ -94,7 +99,7 @@ class Frame:
         return {
             "answers": pd.concat(parts, ignore_index=True),
             "texts": self._texts(plain, toward),
-            "neutral": self.neutral.measured(plain)[["kl_first", "kl_next"]].assign(toward=toward),
+            "neutral": self.neutral.measured(plain if first else None)[["kl_first", "kl_next"]].assign(toward=toward),
         }
 
     def _controls(self, bench: DrawnBench, one: Intervention) -> Iterator[tuple[str, int, Intervention]]:
@@ -118,7 +123,7 @@ class Frame:
     def _texts(self, one: Intervention, toward: str) -> pd.DataFrame:
         config, conflict = self.bench.config, self.lists["conflict"]
         first = conflict.of(np.arange(min(config.written, len(conflict))))
-        made = texts_of(one, first, config.tokens)
+        made = texts_of(one, first, config.tokens, config.cuts)
         exact = {
             side: [is_exact(text, str(getattr(e, side))) for text, e in zip(made.texts, first.examples, strict=True)]
             for side in ("memorized", "generalized")

@@ -26,7 +26,7 @@ from mnemoscope.models import in_precision, quick_precision
 
 ABOUT = "low-rank edit of the state (arXiv 2404.03592)"
 NULLS = (PERMUTED,)
-RANKS = (1, 4)
+RANKS = (4,)  # that of ours
 STRENGTHS = (0.5, 1.0)  # of the edit once it is learned
 RATES = (0.01, 0.003)
 
