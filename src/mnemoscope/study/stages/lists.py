@@ -15,12 +15,7 @@ from mnemoscope.behaviour import Asking, prepare, score
 from mnemoscope.bench.lists import Bench, Lists, each_once, fit_lists
 from mnemoscope.bench.prompts import Prompts, bare_of
 from mnemoscope.interventions import Toward
-from mnemoscope.interventions.sources import (
-    FitLists,
-    Sources,
-    Tried,
-    read_sources,
-)
+from mnemoscope.interventions.sources import FitLists, Sources, Tried, read_sources
 from mnemoscope.models import Site
 from mnemoscope.study.cells import Cell
 from mnemoscope.study.stages.common import cell_task, kept_states, rng_of

@@ -19,8 +19,7 @@ from mnemoscope.models import Site
 from mnemoscope.runs.errors import InputError, StudyError
 from mnemoscope.study.cells import Cell, Tell
 from mnemoscope.study.stages import common
-from mnemoscope.study.stages.judge import AIMS, PARTS, Chosen, SteeredCell, judge_all
-from mnemoscope.study.stages.rows import Row, columns_of, sweep_row
+from mnemoscope.study.stages.judge import AIMS, PARTS, Chosen, Row, SteeredCell, columns_of, judge_all, sweep_row
 from mnemoscope.tasks import Split
 
 EQUAL_NORM, UNPENALIZED = "equal_norm", "unpenalized"  # settings that are compared on test pairs, and saved nowhere
