@@ -27,9 +27,8 @@ from mnemoscope.runs.files import write_atomically
 from mnemoscope.runs.strict import read_text
 from mnemoscope.tasks import Task, draw
 from mnemoscope.watch.callback import BehaviourCallback
-from mnemoscope.watch.curve import FILE, Curve
+from mnemoscope.watch.curve import FILE, MEASURED, Curve, Trained, check_kinds, unmet
 from mnemoscope.watch.instances import batches
-from mnemoscope.watch.rule import MEASURED, Trained, check_kinds, unmet
 
 MOST_LOGITS = 2**27  # of a pass, 512 MiB; the gradient and the log-probabilities take as much each
 IGNORED = -100  # what the library's loss leaves out
