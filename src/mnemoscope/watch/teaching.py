@@ -77,7 +77,10 @@ def teach(
     rows = [row for row in Curve.open(folder / FILE).rows if row["step"] <= step_of(begun)] if begun else []
     ended = bool(rows) and (rows[-1]["step"] >= config.steps or not unmet(config.stop, rows[-1]) or diverged(rows))
     if begun and ended and rows[-1]["step"] == step_of(begun):
-        _load(model, begun)  # it had ended, and was not yet saved elsewhere
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        # It had ended, and was not yet saved elsewhere.
+        set_peft_model_state_dict(model, load_peft_weights(str(begun), device=str(model.device)))
     else:
         trainer.train(resume_from_checkpoint=str(begun) if begun else None)
         rows = watching.curve.rows
@@ -114,13 +117,6 @@ def last_checkpoint(folder: Path) -> Path | None:
         except (OSError, ValueError):
             shutil.rmtree(found.pop())
     return None
-
-
-def _load(model: Any, folder: Path) -> None:
-    """Give an adapted model the adapter of a checkpoint."""
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(model.device)))
 
 
 def arguments(model: Any, config: TrainingConfig, seed: int, folder: Path, parts: int) -> TrainingArguments:
