@@ -38,8 +38,8 @@ from mnemoscope.paper.loop import Evaluation, train
 from mnemoscope.paper.optimizers import optimizers_for, rate_factor
 from mnemoscope.runs.processes import quiet_library, settle
 from mnemoscope.tasks import Task, answer_of, build_task
+from mnemoscope.watch.curve import unmet
 from mnemoscope.watch.instances import batches, row_lengths, weighted_loss
-from mnemoscope.watch.rule import unmet
 
 OURS, RECIPE, PLAIN = "Mnemoscope", "Trainer, our recipe", "Trainer, plain"
 CONTESTANTS = f"""\

@@ -15,7 +15,7 @@ from mnemoscope.report.rows import Part, rows_of, view
 from mnemoscope.report.stories import read
 from mnemoscope.runs.errors import InputError
 from mnemoscope.study.stages import probe as stage
-from test_probing import planted_cell
+from test_probes import planted_cell
 
 
 def made_up(seed: int, pulls: dict[Any, float], layers: int = 2) -> Any:

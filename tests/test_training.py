@@ -23,8 +23,8 @@ from mnemoscope.paper.loop import Evaluation, Measured, _State, train
 from mnemoscope.paper.optimizers import Float32Muon, optimizers_for, orthogonalized
 from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Kind, Task, answer_of, build_task
+from mnemoscope.watch.curve import Trained, how_to_mix, unmet
 from mnemoscope.watch.instances import backward, batches, by_length
-from mnemoscope.watch.rule import Trained, how_to_mix, unmet
 
 NEVER = StopConfig(novel_accuracy=0.8, recall=0.8, conflict_each=0.2, conflict_other=0.2)  # held in thirty steps
 QUICK = TrainingConfig(

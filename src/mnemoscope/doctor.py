@@ -133,8 +133,7 @@ class _Patient:
         return found
 
     def padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        ids_NT, mask_NT = left_padded(rows, self.tokenizer.pad_token_id or 0)
-        return ids_NT.to(self.model.device), mask_NT.to(self.model.device)
+        return left_padded(rows, self.tokenizer.pad_token_id or 0, self.model.device)
 
     def states(self, site: Site) -> Tensor:
         """States of all prompts at the decision position, float32 (L, N, D)."""

@@ -187,11 +187,11 @@ def pad_of(tokenizer: PreTrainedTokenizerFast) -> int:
     return pad if pad is not None else end or 0
 
 
-def left_padded(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any = "cpu") -> tuple[Tensor, Tensor]:
     """Token ids as one batch, and its mask; int64 (N, T) each."""
     width = max(map(len, rows), default=0)
-    ids_NT = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask_NT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids_NT = torch.tensor([[pad] * (width - len(row)) + [*row] for row in rows], device=device)
+    mask_NT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids_NT, mask_NT
 
 

@@ -2,14 +2,7 @@
 
 from mnemoscope.config.arena import ArenaConfig
 from mnemoscope.config.model import HoldConfig, LayoutConfig, LoraConfig, ModelConfig, StopConfig, TrainingConfig
-from mnemoscope.config.reading import (
-    built_in_studies,
-    dump_study,
-    load_study,
-    parse_arena,
-    parse_model,
-    parse_study,
-)
+from mnemoscope.config.reading import built_in_studies, dump_study, load_study, parse_arena, parse_model, parse_study
 from mnemoscope.config.study import (
     NAME,
     CellConfig,

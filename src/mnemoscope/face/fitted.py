@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from mnemoscope.report import Summary
 
+Found = TypeVar("Found")
 _TOLD: set[str] = set()  # warnings that were given
 BATCH = 32  # prompts in a pass
 
@@ -140,12 +141,10 @@ class Fitted:
         Raises:
             InputError: it is no behaviour, or there is no such lever.
         """
-        behaviour = Toward.of(toward)
-        there = self.levers.get(behaviour, {})
+        there = self.levers.get(behaviour := Toward.of(toward), {})
         if lever not in there:
-            raise InputError(
-                f"lever: {lever!r} to {toward} is not in {self.source}; it has {', '.join(there) or 'none'}"
-            )
+            has = ", ".join(there) or "none"
+            raise InputError(f"lever: {lever!r} to {toward} is not in {self.source}; it has {has}")
         return replace(self, preferred={**self.preferred, behaviour: lever})
 
     def lever(self, toward: str) -> Intervention:
@@ -154,13 +153,8 @@ class Fitted:
         Raises:
             InputError: it is no behaviour, or there is none.
         """
-        behaviour = Toward.of(toward)
-        there = self.levers.get(behaviour, {})
-        if not there:
-            raise InputError(
-                f"toward: {self.source} has no lever to {toward}; it has {', '.join(self.levers) or 'none'}"
-            )
-        return there[self.preferred.get(behaviour) or next(iter(there))]
+        there = self._there("lever", self.levers, toward)
+        return there[self.preferred.get(Toward.of(toward)) or next(iter(there))]
 
     def generate(
         self,
@@ -294,10 +288,12 @@ class Fitted:
         Raises:
             InputError: it is no behaviour, or there is no such vector.
         """
-        behaviour, vectors = Toward.of(toward), self.vectors
-        if behaviour not in vectors:
-            raise InputError(f"toward: {self.source} has no vector to {toward}; it has {', '.join(vectors) or 'none'}")
-        return vectors[behaviour]
+        return self._there("vector", self.vectors, toward)
+
+    def _there(self, what: str, found: Mapping[Toward, Found], toward: str) -> Found:
+        if not found.get(behaviour := Toward.of(toward)):
+            raise InputError(f"toward: {self.source} has no {what} to {toward}; it has {', '.join(found) or 'none'}")
+        return found[behaviour]
 
     def _needed(self, detector: Detector | None) -> Detector:
         if detector is None:

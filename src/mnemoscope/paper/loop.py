@@ -25,9 +25,9 @@ from mnemoscope.paper.optimizers import optimizers_for, rate_factor
 from mnemoscope.runs.errors import InputError
 from mnemoscope.statistics import proportion
 from mnemoscope.tasks import Kind, Task
+from mnemoscope.watch.curve import MEASURED, MEASURES, Trained, bounds_of, check_kinds, holds, unmet
 from mnemoscope.watch.instances import backward, batches
 from mnemoscope.watch.measuring import Asked, Watcher
-from mnemoscope.watch.rule import MEASURED, MEASURES, Trained, bounds_of, check_kinds, holds, unmet
 
 HOPELESS = 0.7  # novel accuracy at `give_up_at` steps below which no rule will be learned
 LEAST_SHARE, MOST_SHARE = 0.02, 0.98  # between which a dial is moved

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 
 from threadpoolctl import threadpool_limits
@@ -56,7 +56,9 @@ def _of_task(label: str, cells: Sequence[Cell], measured: list[list[Row]]) -> It
     """One label over its seeds, then each of them; the settings shown are the first seed's."""
     best = {str(cell.seed): {aim: cell.chosen[aim]["best"] for aim in AIMS} for cell in cells}
     one_best = {d for d in DIRECTIONS if all(of["pairs"][d] == of["conflict"][d] for of in best.values())}
-    kept = [[row for row in rows if not _is_same(row, one_best)] for rows in measured]
+    # What is best for conflicts is left out where it is what is best for pairs.
+    same = {("steering", d, "best_conflict") for d in one_best}
+    kept = [[row for row in rows if row.place[:3] not in same] for rows in measured]
     together = [_with_verdicts(rows) for rows in (over_all(kept), *kept)]
     task = view(row._replace(task="") for row in together[0])
     sweep, aim = where.measure_sweep(cells), cells[0].chosen.get("aim", "pairs")
@@ -74,11 +76,6 @@ def _of_task(label: str, cells: Sequence[Cell], measured: list[list[Row]]) -> It
         "chosen_by_seed": best,
     }
     yield from chain(together[0], rows_of(more, label), *together[1:])
-
-
-def _is_same(row: Row, directions: Collection[str]) -> bool:
-    """Whether a row is of the best method for conflicts, which is that for pairs in these directions."""
-    return row.place[0] == "steering" and row.place[2] == "best_conflict" and row.place[1] in directions
 
 
 def _with_verdicts(rows: list[Row]) -> list[Row]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic_core import from_json, to_json
 
 from mnemoscope.report import words
 from mnemoscope.report.rows import Part, parts_of
@@ -193,14 +194,7 @@ class Summary:
 
     def brief(self) -> dict[str, Any]:
         """By task as plain data, as ``mnemoscope fit --json`` prints them."""
-        found: dict[str, Any] = _plain(self.tasks)
-        return found
-
-
-def _plain(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _plain(part) for key, part in tree.items()}
-    return asdict(tree) if isinstance(tree, Estimate) else tree
+        return from_json(to_json(self.tasks, inf_nan_mode="constants"))
 
 
 def summary_of(run: str | Path) -> Summary:

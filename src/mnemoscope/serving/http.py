@@ -119,7 +119,16 @@ class Guard:
         try:
             asks = check(scope["path"], body)
         except InputError as error:
-            return await _answer_400(error)(scope, receive, send)
+            from starlette.responses import JSONResponse
+
+            # As vLLM answers a wrong request.
+            facts = {
+                "message": str(error),
+                "type": "BadRequestError",
+                "param": str(error).partition(":")[0],
+                "code": 400,
+            }
+            return await JSONResponse({"error": facts}, status_code=400)(scope, receive, send)
         waiting, reports = iter(messages), list[Any]()
         _reports.set(reports)
 
@@ -160,14 +169,6 @@ def _with_reports(body: bytes, reports: list[Any]) -> bytes:
             choice[ADMITTED] = reports[choice["index"]]
         lines[n] = begin + json.dumps(event, ensure_ascii=False) if ended else line
     return "\n".join(lines).encode()
-
-
-def _answer_400(error: InputError) -> Any:
-    """The answer that vLLM gives to a wrong request."""
-    from starlette.responses import JSONResponse
-
-    facts = {"message": str(error), "type": "BadRequestError", "param": str(error).partition(":")[0], "code": 400}
-    return JSONResponse({"error": facts}, status_code=400)
 
 
 def _guarded(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

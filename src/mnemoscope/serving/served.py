@@ -240,8 +240,7 @@ class Served:
         return vector.apply(self.fitted.model, alpha, None if vector.everywhere else last)
 
     def _padded(self, rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-        ids_NT, mask_NT = left_padded([list(ids) for ids in rows], self.fitted.tokenizer.pad_token_id or 0)
-        return ids_NT.to(self.fitted.model.device), mask_NT.to(self.fitted.model.device)
+        return left_padded(rows, self.fitted.tokenizer.pad_token_id or 0, self.fitted.model.device)
 
 
 def _of_logits(logits_NMV: Tensor, tokens_NM: Tensor) -> list[Expected]:

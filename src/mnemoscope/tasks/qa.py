@@ -70,15 +70,13 @@ class QATask(KnownTask):
             for fact, answers in given.items()
         }
         self._add_agreeing(true, given)
-        novel = sorted(fact for fact in given if fact not in true)
-        self._deal(true, (RELATION,), stream=8, novel=novel, same=self._about_one_passage())
-
-    def _about_one_passage(self) -> list[tuple[str, str]]:
-        """Questions that a passage connects with the one before it; they are one group, as their passage is."""
         of_passage = defaultdict[str, list[str]](list)
         for (fact, _), passage in self.passages.items():
             of_passage[passage].append(fact[1])
-        return [two for questions in of_passage.values() for two in pairwise(questions)]
+        # Questions that a passage connects are one group, as their passage is.
+        connected = [two for questions in of_passage.values() for two in pairwise(questions)]
+        novel = sorted(fact for fact in given if fact not in true)
+        self._deal(true, (RELATION,), stream=8, novel=novel, same=connected)
 
     def split_reply(self, prompt: str) -> tuple[str, str]:
         """All but the last line is the user's message; its label begins the reply."""

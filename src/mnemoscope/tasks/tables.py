@@ -53,7 +53,11 @@ def read_rows(
             here, places = f"{where}, {place}", places + 1
             try:
                 row = parse_json(raw, here) if path.suffix.lower() == ".jsonl" else raw
-                _check_fields(here, row, fields)
+                if not isinstance(row, Mapping):
+                    raise InputError(f"{here}: {type(row).__name__} where an object is wanted")
+                for field in (field for field in fields if field not in row):
+                    there = ", ".join(map(str, row)) or "none"
+                    raise InputError(f"{here}: there is no field {field!r}; there are {there}")
                 found.append(read(here, row))
             except InputError as error:
                 faults[f"{str(error).removeprefix(f'{here}: '):.{LONGEST}}"].append(place)
@@ -69,15 +73,6 @@ def read_rows(
         count = sum(map(len, faults.values()))
         raise InputError(f"{where}, {'; '.join(shown)}{f'; in all {count} of {places}' if count > 1 else ''}")
     return found
-
-
-def _check_fields(where: str, row: Any, fields: Sequence[str]) -> None:
-    if not isinstance(row, Mapping):
-        raise InputError(f"{where}: {type(row).__name__} where an object is wanted")
-    for field in fields:
-        if field not in row:
-            there = ", ".join(map(str, row)) or "none"
-            raise InputError(f"{where}: there is no field {field!r}; there are {there}")
 
 
 def _rows_of_file(path: Path, where: str) -> Iterator[tuple[str, Any]]:

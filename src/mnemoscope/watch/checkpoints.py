@@ -36,7 +36,10 @@ def measure_checkpoints(
     names = [one for name in checkpoints for one in _in_folder(name)]
     steps = steps_of(names)
     folders = [fetched(name) for name in names]
-    _check_alike(names, folders)
+    known = [(name, shapes) for name, folder in zip(names, folders, strict=True) if (shapes := shapes_of(folder))]
+    for name, shapes in known:  # names and shapes of weights
+        if shapes != known[0][1]:
+            raise InputError(f"checkpoints: {name} holds other weights than {known[0][0]}; give those of one training")
     made, curve, before_LD = named_task(task, dict(options)), Curve(), None
     for step, folder in sorted(zip(steps, folders, strict=True)):
         watcher = Watcher(*load_model(folder, **opening), made, asked)
@@ -73,14 +76,6 @@ def _step_of(name: str) -> int | None:
     last = name.rpartition("@")[2] if "@" in name else Path(name).name if Path(name).exists() else ""
     numbers = re.findall(r"\d+", last)
     return int(numbers[-1]) if numbers and (last.isdigit() or not COMMIT.fullmatch(last)) else None
-
-
-def _check_alike(names: Sequence[str], folders: Sequence[str]) -> None:
-    """Raises InputError where folders hold weights of different names or shapes."""
-    known = [(name, shapes) for name, folder in zip(names, folders, strict=True) if (shapes := shapes_of(folder))]
-    for name, shapes in known:
-        if shapes != known[0][1]:
-            raise InputError(f"checkpoints: {name} holds other weights than {known[0][0]}; give those of one training")
 
 
 def fetched(name: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from mnemoscope.behaviour import PLAIN, Asking, Batch, Prompting, draw_candidates, prepare, score
 from mnemoscope.models import SITES, Site
 from mnemoscope.runs.errors import InputError, check_one_of
-from mnemoscope.statistics import mean, proportion
+from mnemoscope.statistics import cosine, mean, proportion
 from mnemoscope.statistics.contrast import PairedMoments
 from mnemoscope.tasks import SPLITS, Example, Kind, Split, Task, draw
 
@@ -186,7 +186,7 @@ class Watcher:
             moments.add(*(scores.states_NLD[pairs_P2[labels_P2 == name]] for name in ("generalized", "memorized")))
             rho_L = np.fmax.reduce(np.abs(moments.rho_LD), axis=1)  # NaN where no neuron varies
             if self.direction_LD is not None:
-                cosine_L = _cosine(moments.nmd_LD, self.direction_LD)
+                cosine_L = np.array([*map(cosine, moments.nmd_LD, self.direction_LD)])
             self.direction_LD = moments.nmd_LD
         for name, values_L in (("rho", rho_L), ("cosine", cosine_L)):
             found |= {f"{name}_{layer}": float(value) for layer, value in enumerate(values_L)}
@@ -221,8 +221,3 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
 def _share(name: str, hits_N: np.ndarray, examples: list[Example]) -> dict[str, float]:
     found = proportion(hits_N, np.array([example.group for example in examples]))
     return {name: found.estimate, f"{name}_low": found.low, f"{name}_high": found.high, f"{name}_n": float(found.n)}
-
-
-def _cosine(a_LD: np.ndarray, b_LD: np.ndarray) -> np.ndarray:
-    norms_L = np.linalg.norm(a_LD, axis=1) * np.linalg.norm(b_LD, axis=1)
-    return np.divide((a_LD * b_LD).sum(1), norms_L, out=np.full(len(norms_L), np.nan), where=norms_L > 0)

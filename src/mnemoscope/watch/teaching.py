@@ -27,9 +27,8 @@ from mnemoscope.runs.files import write_atomically
 from mnemoscope.runs.strict import read_text
 from mnemoscope.tasks import Task, draw
 from mnemoscope.watch.callback import BehaviourCallback
-from mnemoscope.watch.curve import FILE, Curve
+from mnemoscope.watch.curve import FILE, MEASURED, Curve, Trained, check_kinds, unmet
 from mnemoscope.watch.instances import batches
-from mnemoscope.watch.rule import MEASURED, Trained, check_kinds, unmet
 
 MOST_LOGITS = 2**27  # of a pass, 512 MiB; the gradient and the log-probabilities take as much each
 IGNORED = -100  # what the library's loss leaves out
@@ -78,7 +77,10 @@ def teach(
     rows = [row for row in Curve.open(folder / FILE).rows if row["step"] <= step_of(begun)] if begun else []
     ended = bool(rows) and (rows[-1]["step"] >= config.steps or not unmet(config.stop, rows[-1]) or diverged(rows))
     if begun and ended and rows[-1]["step"] == step_of(begun):
-        _load(model, begun)  # it had ended, and was not yet saved elsewhere
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        # It had ended, and was not yet saved elsewhere.
+        set_peft_model_state_dict(model, load_peft_weights(str(begun), device=str(model.device)))
     else:
         trainer.train(resume_from_checkpoint=str(begun) if begun else None)
         rows = watching.curve.rows
@@ -115,13 +117,6 @@ def last_checkpoint(folder: Path) -> Path | None:
         except (OSError, ValueError):
             shutil.rmtree(found.pop())
     return None
-
-
-def _load(model: Any, folder: Path) -> None:
-    """Give an adapted model the adapter of a checkpoint."""
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(model.device)))
 
 
 def arguments(model: Any, config: TrainingConfig, seed: int, folder: Path, parts: int) -> TrainingArguments:

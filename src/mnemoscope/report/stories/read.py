@@ -169,17 +169,13 @@ def _offsets_panel(probe: Part) -> Panel:
     return lines_panel("how early", lines, "tokens from the decision", ticks=ticks, chance=0.5, axis="percent")
 
 
-def least_beyond_input(probe: Part) -> str:
-    """Of the two ways to read the input, the one beyond which the best layer reads least."""
-    return min(INPUTS, key=lambda kind: np.nan_to_num(probe.best[f"minus_{kind}"].estimate, nan=math.inf))
-
-
 def answer(task: Part) -> Answer:
     """Whether a probe reads the behaviour, and more than the input gives away."""
     probe, question, accuracy = task.probe, "Can it be read?", task.probe.best.accuracy
     if not accuracy.known:
         return not_measured("read", question, task)
-    kind = least_beyond_input(probe)
+    # Of the two ways to read the input, the one beyond which the best layer reads least.
+    kind = min(INPUTS, key=lambda kind: np.nan_to_num(probe.best[f"minus_{kind}"].estimate, nan=math.inf))
     difference, alone = probe.best[f"minus_{kind}"], probe[kind]
     beyond_input = {1: "beyond the input", 0: "not surely beyond the input", -1: "but the input alone is better"}
     reads = difference.sign > 0 or accuracy.low > 0.5

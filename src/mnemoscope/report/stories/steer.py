@@ -100,6 +100,8 @@ def measure_direction(cell: Cell, of: tuple[str, Direction], lists: list[str], r
         for aim in AIMS
     }
     pairs = measured("pairs", "pairs")
+    of_lists = {name: rows("pairs", "vector", name) for name in lists}
+    of_test = {name: of[of.split == "test"] for name, of in of_lists.items()}  # of few groups tune is judged as well
     return {
         "chosen": Over(_setting, chosen["pairs"]),
         "chosen_conflict": Over(_setting, chosen["conflict"]),
@@ -116,13 +118,8 @@ def measure_direction(cell: Cell, of: tuple[str, Direction], lists: list[str], r
         "collateral_conflict": kept["conflict"][0],
         "lost_right": {aim: kept[aim][1] for aim in AIMS},
         "recall_by_family": recall_by_family(cell, rows("pairs", "vector", "memory")),
-        "gated": measure_gated(cell, direction, {name: _of_test(rows("pairs", "vector", name)) for name in lists}),
+        "gated": measure_gated(cell, direction, of_test),
     }
-
-
-def _of_test(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the test split, as of few groups tune is judged as well."""
-    return rows[rows.split == "test"]
 
 
 def _control(cell: Cell, name: str, direction: Direction, rows: Rows) -> tuple[dict[str, Any], dict[Aim, Estimate]]:

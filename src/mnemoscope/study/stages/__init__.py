@@ -4,14 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mnemoscope.study.cells import Cell, Tell
-from mnemoscope.study.stages.cards import cards_stage
 from mnemoscope.study.stages.common import cell_model, check_cell, with_kept_data
-from mnemoscope.study.stages.detect import detection_stage
-from mnemoscope.study.stages.effects import effects_stage
+from mnemoscope.study.stages.detect import cards_stage, detection_stage
+from mnemoscope.study.stages.effects import effects_stage, neutral_stage, samples_stage
 from mnemoscope.study.stages.lists import Records
 from mnemoscope.study.stages.probe import probes_stage
 from mnemoscope.study.stages.steer import judged_splits, steering_stage
-from mnemoscope.study.stages.texts import neutral_stage, samples_stage
 from mnemoscope.study.stages.train import behaviour_stage, pairs_stage, train_stage
 
 IN_ORDER: tuple[Callable[[Cell, Tell], list[Path]], ...] = (

@@ -1,4 +1,7 @@
-"""Dose-response of chosen vectors, necessity of their neurons, and upper bounds, on test pairs."""
+"""What chosen vectors do beyond the shift: dose-response, needed neurons and upper bounds on test pairs, and to text.
+
+Text is neutral, where the divergence is measured, gated and not; or what the model writes behind test prompts.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,17 @@ import pandas as pd
 import torch
 
 from mnemoscope.behaviour import Scores, read_states, score
-from mnemoscope.bench.answers import scores
+from mnemoscope.bench.answers import EARLIEST, NOTHING, Neutral, scores, texts_of
 from mnemoscope.bench.prompts import Prompts
 from mnemoscope.interventions import Held, SteeringVector, Toward, edited
 from mnemoscope.interventions.controls import control_draws
 from mnemoscope.interventions.decoding import Decoding
+from mnemoscope.interventions.detect import Detector, Reading
 from mnemoscope.interventions.shifts import rho, top_neurons
-from mnemoscope.models import SITES, blocks_of
-from mnemoscope.runs.errors import InputError
+from mnemoscope.models import SITES, blocks_of, context_length
+from mnemoscope.runs.errors import InputError, StudyError
 from mnemoscope.study.cells import Cell, Tell
-from mnemoscope.study.stages.common import PerProcess, kept_states, read_all, read_best, write_table
+from mnemoscope.study.stages import common
 from mnemoscope.study.stages.lists import RecordedBench, judged_lists
 
 CONTRASTS = {Toward.GENERALIZED: (0.5, 1.0), Toward.MEMORIZED: (-0.5, -1.0)}  # of cad; -1: no context
@@ -35,7 +39,7 @@ Part = tuple[Callable[..., Iterator[pd.DataFrame]], tuple[SteeringVector, ...]] 
 def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Measure dose-response, necessity, upper bounds by patching, and prompts that ask for the behaviour."""
     config = cell.config.effects
-    chosen = read_best(cell) if config.methods == "best" else read_all(cell)
+    chosen = common.read_best(cell) if config.methods == "best" else common.read_all(cell)
     vectors = [one for one in chosen if isinstance(one, SteeringVector) and one.layers]
     parts: list[Part] = [(effect, (one,)) for effect in (_doses, _ablations) for one in vectors]
     parts += [(_patches, ())] if config.patched else []
@@ -45,10 +49,10 @@ def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
     for done, tables in enumerate(cell.map(_Effects(cell), parts)):
         tell(done, len(parts), parts[done][0].__name__.strip("_"))
         rows += tables
-    return [write_table(cell.records / "effects.parquet", pd.concat(rows, ignore_index=True))]
+    return [common.write_table(cell.records / "effects.parquet", pd.concat(rows, ignore_index=True))]
 
 
-class _Effects(PerProcess):
+class _Effects(common.PerProcess):
     """A cell's test pairs, beside its model."""
 
     def __call__(self, part: Part) -> list[pd.DataFrame]:
@@ -139,7 +143,7 @@ def strongest(bench: RecordedBench, one: SteeringVector, top: float) -> np.ndarr
 
 def _patches(bench: RecordedBench, sides: Sides) -> Iterator[pd.DataFrame]:
     """Patch each layer's state at the decision position from one side of a pair into the other."""
-    asking, kept = bench.asking, kept_states(bench.cell)
+    asking, kept = bench.asking, common.kept_states(bench.cell)
     for site in SITES:
         states = {side: read_states(asking, of.examples, site, kept=kept).at_decision_NLD for side, of in sides.items()}
         for toward, layer in product(Toward, range(len(blocks_of(asking.model)))):
@@ -182,3 +186,66 @@ def _contrasts(bench: RecordedBench, sides: Sides) -> Iterator[pd.DataFrame]:
             one = Decoding(toward=Toward.GENERALIZED, method="cad", setting={"weight": weight})
             found = scores(one, prompts, margins=True)
             yield _table(bench, sides, toward.opposite, found, what="contrast", direction=toward.direction, dose=weight)
+
+
+def neutral_stage(cell: Cell, tell: Tell) -> list[Path]:
+    """Divergence of the best vectors at several doses behind random cuts of neutral text."""
+    config = cell.config.neutral
+    if not config.cuts:
+        return []
+    best = [one for one in common.read_best(cell) if isinstance(one, SteeringVector)]
+    parts = [(one, dose) for one in best for dose in config.doses]
+    rows = list[pd.DataFrame]()
+    for done, table in enumerate(cell.map(_Neutral(cell), parts)):
+        tell(done, len(parts), "reading on behind cuts")
+        rows.append(table)
+    return [common.write_table(cell.records / "neutral.parquet", pd.concat(rows, ignore_index=True))]
+
+
+class _Neutral(common.PerProcess):
+    """A cell's neutral text, and where a gate acts on it."""
+
+    def __call__(self, part: tuple[SteeringVector, float]) -> pd.DataFrame:
+        """Divergence of a vector at a dose."""
+        (one, dose), cuts = part, self.cell.config.neutral.cuts
+        acts_N = self.reading.acts(one.toward, common.GATE) if self.reading else np.full(cuts, np.nan)
+        facts: dict[str, Any] = {"direction": f"to_{one.toward}", "method": one.method, "dose": dose, "acts": acts_N}
+        return self.neutral.measured(one * dose).assign(**facts)
+
+    @cached_property
+    def neutral(self) -> Neutral:
+        """Cuts in text that the model wrote; StudyError where it reads too few tokens."""
+        config, asking = self.cell.config.neutral, self.asking
+        length = min(config.length, context_length(asking.model) - 1)
+        if length < EARLIEST + config.following:
+            needed = 1 + EARLIEST + config.following
+            raise StudyError(f"{self.cell.name}: neutral: the model reads {length + 1} tokens; {needed} are needed")
+        asking, rng = replace(asking, batch_size=config.batch_size), common.rng_of(self.cell, "neutral")
+        return Neutral(asking, config.cuts, config.texts, length, config.following, rng)
+
+    @cached_property
+    def reading(self) -> Reading | None:
+        """Of the detector at the cuts."""
+        path = self.cell.folder / "detector.safetensors"
+        return self.neutral.read(Detector.load(path)) if path.exists() else None
+
+
+def samples_stage(cell: Cell, tell: Tell) -> list[Path]:
+    """Continue the first test pairs of different groups, none of them picked by its continuation."""
+    config = cell.config.samples
+    if not config.prompts:
+        return []
+    bench, best, tables = RecordedBench.of(cell, common.cell_model(cell)), common.read_best(cell), []
+    for done, one in enumerate(best):
+        direction = one.toward.direction
+        tell(done, len(best), f"{direction}: writing on")
+        targets = bench.records.targets("test", one.toward, len(bench.records.pairs))
+        first = {example.group: example for example in reversed(targets)}
+        examples = [example for example in targets if first[example.group] is example][: config.prompts]
+        plain, steered = (texts_of(each, bench.prompts(examples), config.tokens) for each in (NOTHING, one))
+        fields = ("prompt", "group", "memorized", "generalized")
+        columns: dict[str, Any] = {key: [getattr(e, key) for e in examples] for key in fields}
+        columns |= {"plain": plain.texts, "steered": steered.texts}
+        columns |= {"nats_plain": plain.nats_N, "nats_steered": steered.nats_N}
+        tables.append(pd.DataFrame({"direction": direction, **columns}))
+    return [common.write_table(cell.records / "samples.parquet", pd.concat(tables, ignore_index=True))]

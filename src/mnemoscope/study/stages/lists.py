@@ -15,12 +15,7 @@ from mnemoscope.behaviour import Asking, prepare, score
 from mnemoscope.bench.lists import Bench, Lists, each_once, fit_lists
 from mnemoscope.bench.prompts import Prompts, bare_of
 from mnemoscope.interventions import Toward
-from mnemoscope.interventions.sources import (
-    FitLists,
-    Sources,
-    Tried,
-    read_sources,
-)
+from mnemoscope.interventions.sources import FitLists, Sources, Tried, read_sources
 from mnemoscope.models import Site
 from mnemoscope.study.cells import Cell
 from mnemoscope.study.stages.common import cell_task, kept_states, rng_of
@@ -175,9 +170,9 @@ class RecordedBench(Bench):
             targets = records.targets("tune", toward, config.tune_pairs)
         else:
             targets = records.conflicts("tune", toward.opposite, config.tune_others, toward == "memorized")
-        kept = {
-            name: (prompts, "correct") for name, prompts in self._tune_right.items() if _stays(name, records, toward)
-        }
+        kinds = _kept(records, toward)
+        right = {name: prompts for name, prompts in self._tune_right.items() if name.split(",")[0] in kinds}
+        kept = {name: (prompts, "correct") for name, prompts in right.items()}
         if config.aim == "conflict":
             kept["conflict_rest"] = self.prompts(records.conflicts("tune", toward, config.tune_others)), toward
         size = config.screened if few else None
@@ -263,11 +258,6 @@ def _kept(records: Records, toward: Toward) -> list[str]:
     """Kinds whose answers should stay: a model steered to memory has nothing to remember of a novel example."""
     memory = [] if records.task.memory_is_conflict and toward == "generalized" else ["memory"]
     return [*memory, "novel"] if toward == "generalized" else memory
-
-
-def _stays(name: str, records: Records, toward: Toward) -> bool:
-    """Whether the answers of a list of ``_tune_right`` should stay."""
-    return name.split(",")[0] in _kept(records, toward)
 
 
 def _margins(pairs: pd.DataFrame, examples: Sequence[Example]) -> np.ndarray:

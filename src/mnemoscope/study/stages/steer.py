@@ -19,8 +19,7 @@ from mnemoscope.models import Site
 from mnemoscope.runs.errors import InputError, StudyError
 from mnemoscope.study.cells import Cell, Tell
 from mnemoscope.study.stages import common
-from mnemoscope.study.stages.judge import AIMS, PARTS, Chosen, SteeredCell, judge_all
-from mnemoscope.study.stages.rows import Row, columns_of, sweep_row
+from mnemoscope.study.stages.judge import AIMS, PARTS, Chosen, Row, SteeredCell, columns_of, judge_all, sweep_row
 from mnemoscope.tasks import Split
 
 EQUAL_NORM, UNPENALIZED = "equal_norm", "unpenalized"  # settings that are compared on test pairs, and saved nowhere
@@ -129,15 +128,11 @@ def _looked_at(opened: SteeredCell, found: Settings) -> tuple[Settings, dict[Tow
         worth[key].append(share)
         if key[1] not in best or share > best[key[1]][0]:
             best[key[1]] = share, one
-    kept = {key: _left(some, worth[key]) for key, some in found.items()}
+    kept = Settings()
+    for key, some in found.items():
+        first = np.argsort(-np.array(worth[key]), kind="stable")[: -(-len(some) // LEFT)]
+        kept[key] = [some[place] for place in sorted(first.tolist())]
     return kept, {toward: one for toward, (_, one) in best.items()}, [row for _, row in looks]
-
-
-def _left(some: list[Intervention], worth: Sequence[float]) -> list[Intervention]:
-    """Of settings, in their order, those that do best at a first look."""
-    most = -(-len(some) // LEFT)
-    kept = sorted(np.argsort(-np.array(worth), kind="stable")[:most].tolist())
-    return [some[place] for place in kept]
 
 
 def _candidates(

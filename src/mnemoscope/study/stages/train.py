@@ -24,7 +24,7 @@ from mnemoscope.statistics.contrast import ContrastAccumulator
 from mnemoscope.study.cells import STATES, Cell, Tell
 from mnemoscope.study.stages import common
 from mnemoscope.tasks import KINDS, SPLITS, Example, Split, Task, draw, draws
-from mnemoscope.watch.rule import Trained, how_to_mix
+from mnemoscope.watch.curve import Trained, how_to_mix
 
 Candidate = tuple[Example, Example]
 SIDES = {"prompt": pa.string(), "family": pa.string(), "behaviour": pa.string(), "margin": pa.float64()}
