@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 import mnemoscope as ms
 from arena_lists import SIZES
 from little_facts import LittleFacts
-from mnemoscope.behaviour import Asking, Scores
+from mnemoscope.behaviour import PLAIN, Asking, Prompting, Scores
 from mnemoscope.bench import choose
 from mnemoscope.bench import run as runs
 from mnemoscope.bench.lists import DrawnBench, Lists
@@ -33,6 +34,7 @@ from mnemoscope.runs.digests import write_marker
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.locks import locked
 
+CHAT = Prompting(chat=True)
 CHEAP = ("prompt", "cad", "caa", "nmd", "low-rank")
 
 
@@ -331,6 +333,15 @@ def test_the_command_runs_an_arena_and_rebuilds_its_page(little: Asking, shared_
     refused = CliRunner().invoke(app, [*command[:6], "--method", "cda"])
     assert refused.exit_code == 2
     assert refused.stderr.startswith("error: methods: 'cda' is not one of cad, gradient")
+
+
+def test_a_chat_model_that_is_asked_raw_is_told_of(little: Asking, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = copy.deepcopy(little.tokenizer)
+    for template, asked, told in ((None, PLAIN, 0), ("{{ messages }}", PLAIN, 1), ("{{ messages }}", CHAT, 0)):
+        tokenizer.chat_template = template
+        caplog.clear()
+        assert runs._warned(asked, tokenizer) is asked
+        assert len(caplog.messages) == told
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
-from mnemoscope.behaviour import PLAIN, Asking
+from mnemoscope.behaviour import PLAIN, Asking, Prompting
 from mnemoscope.bench.judge import UNSTEERED
 from mnemoscope.bench.lists import told_by_answers
 from mnemoscope.bench.trial import LEVERS, Found, Trial, carried
@@ -77,6 +77,7 @@ def arena(
         method_module(method)
     methods = [name_of(method) for method in methods] if methods else None
     config = parse_arena(dict(choices.get("sizes") or {}))
+    elsewhere = dict(one for run in choices.get("carry") or () for one in carried(Path(run) / "arena"))
     made = task if isinstance(task, Task) else _task(task, dict(options or {}), config.seed)
     is_open = not isinstance(model, str | Path)
     name = choices.get("name") or (type(model).__name__ if is_open else Path(str(model)).name)
@@ -87,12 +88,9 @@ def arena(
         model, tokenizer = load_model(model, **opening)
     if tokenizer is None:
         raise InputError("tokenizer: None; an open model needs its tokenizer (or give the model by name)")
-    prompting = choices.get("prompting") or PLAIN
-    if tokenizer.chat_template and not prompting.chat:
-        logging.getLogger("mnemoscope").warning("chat: this model has a chat template, and is asked without it")
+    prompting = _warned(choices.get("prompting") or PLAIN, tokenizer)
     asking = Asking(model, tokenizer, made.boundary, prompting=prompting)
     folder, threads, training = Path(out) / "arena", torch.get_num_threads(), model.training
-    elsewhere = dict(one for run in choices.get("carry") or () for one in carried(Path(run) / "arena"))
     trial = Trial(asking, source, made, config, prompting, opening, folder / LEVERS, elsewhere)
     torch.set_num_threads(config.threads)
     model.eval()
@@ -103,6 +101,13 @@ def arena(
         torch.set_num_threads(threads)
         model.train(training)
     return build_arena(Path(out))
+
+
+def _warned(prompting: Prompting, tokenizer: PreTrainedTokenizerFast) -> Prompting:
+    """The format of prompts, with a warning where the model's own is left out."""
+    if tokenizer.chat_template and not prompting.chat:
+        logging.getLogger("mnemoscope").warning("chat: this model has a chat template, and is asked without it")
+    return prompting
 
 
 def _task(task: Any, options: dict[str, Any], seed: int) -> Task:
