@@ -25,10 +25,10 @@ TITLES = {"generalized": "To context", "memorized": "To memory"}
 LISTS = {"agreeing": "texts that agree", "bare": "bare questions"}
 CONTROLS = {"gaussian": "random", "permuted_answers": "other answers"}
 ALLOWED = {
-    "words": "may change the prompt takes",
-    "hooks": "may add hooks",
-    "adapter": "may load an adapter",
-    "passes": "pays two passes",
+    "words": "change the prompt",
+    "hooks": "add hooks",
+    "adapter": "load an adapter",
+    "passes": "pay two passes",
 }
 DASH = "-"
 
@@ -105,10 +105,10 @@ def verdict(results: Part, toward: str) -> str:
     """What to use, by what one may do: of each kind the method that is best on tune."""
     found = [(what, name) for kind, what in ALLOWED.items() if (name := results.best[toward][kind])]
     told = [
-        f"{what} {name}, {_ranged(of.exact)} exact at {percent(of.lost)} lost"
+        f"{what}: {name}, {_ranged(of.exact)} exact, {percent(of.lost)} lost"
         for what, name, of in ((what, name, results.methods[name][toward]) for what, name in found)
     ]
-    return f"{TITLES[toward]}, who {'; '.join(told)}." if told else ""
+    return f"{TITLES[toward]}, best on tune by what you may do: {'; '.join(told)}." if told else ""
 
 
 def tables_of(results: Part) -> list[Table]:
