@@ -62,9 +62,8 @@ def arena(
         options: of a task that is given by name.
         choices: ``sizes``, fields of ``ArenaConfig``; ``prompting``, the format of prompts; ``name`` of the model on
             the page; ``progress``, True to show how far it is, or what is called with (cell, stage, done, total, note);
-            ``carry``, run folders of other arenas on this model, whose fitted methods are judged here as they are;
-            of a model that is given by name ``workers``, processes that fit and judge, and ``opening``, other arguments
-            of ``load_model``.
+            ``carry``, run folders of other arenas on this model, whose fits are judged here; of a model that is given
+            by name ``workers``, processes that fit and judge, and ``opening``, other arguments of ``load_model``.
 
     Raises:
         InputError: an argument cannot be used, nothing is known by heart, or there are too few groups.
