@@ -36,7 +36,7 @@ KINDS = {
     "an adapter, other weights": ("lora", "dpo"),
 }
 STAY = 0.95  # of agreeing texts and of bare questions
-RIVALS = {"adapter": "the best adapter", "words": "the best wording", "passes": "two passes"}
+RIVALS = {"adapter": "the best adapter", "words": "the best wording", "passes": "the best of two passes"}
 
 
 def published() -> str:

@@ -275,25 +275,30 @@ class Neutral:
             found.append(states_at_the_end(model, batch.ids_NT, batch.mask_NT, detector.site))
         return detector.read(np.concatenate(found))
 
-    def measured(self, one: Intervention | None) -> pd.DataFrame:
+    def measured(self, one: Intervention) -> pd.DataFrame:
         """A row a cut: ``text``, ``place``, divergence of the intervention from the model itself in nats, and whether
         the likeliest next token stays (``same_top``).
 
-        KL at the cut (``kl_first``) and the mean of the tokens behind it (``kl_next``). No row of None, and where two
-        passes are joined, as neutral text has no bare question.
+        KL at the cut (``kl_first``) and the mean of the tokens behind it (``kl_next``). No row where two passes are
+        joined, as neutral text has no bare question.
         """
         import pandas as pd
 
-        batches, found = ([] if one is None or one.contrast else self.batches), list[pd.DataFrame]()
-        if one and batches and (sentence := one.prompt(Quoted("", "", ""))):
+        batches, found = ([] if one.contrast else self.batches), list[pd.DataFrame]()
+        if batches and (sentence := one.prompt(Quoted("", "", ""))):
             ids = self.asking.tokenizer(sentence, add_special_tokens=False).input_ids
             encoded = [replace(e, context=[e.context[0], *ids, *e.context[1:]]) for e in self.encoded]
             batches = [as_batch(self.asking, encoded, batch.examples_N) for batch in batches]
         for batch, plain_NMV in zip(batches, self.plain[: len(batches)], strict=True):
-            with_NMV = self._logp(one or NOTHING, batch)
+            with_NMV = self._logp(one, batch)
             kl_NM = (plain_NMV.exp() * (plain_NMV - with_NMV)).sum(-1).double().cpu().numpy()
             same_N = (plain_NMV[:, 0].argmax(-1) == with_NMV[:, 0].argmax(-1)).cpu().numpy()
             found.append(pd.DataFrame({"kl_first": kl_NM[:, 0], "kl_next": kl_NM[:, 1:].mean(1), "same_top": same_N}))
-        if not found:
-            return pd.DataFrame({name: np.empty(0) for name in ("text", "place", "kl_first", "kl_next", "same_top")})
-        return self.rows.join(pd.concat(found, ignore_index=True))
+        return self.rows.join(pd.concat(found, ignore_index=True)) if found else self.unmeasured()
+
+    @staticmethod
+    def unmeasured() -> pd.DataFrame:
+        """What ``measured`` returns without a row."""
+        import pandas as pd
+
+        return pd.DataFrame({name: np.empty(0) for name in ("text", "place", "kl_first", "kl_next", "same_top")})

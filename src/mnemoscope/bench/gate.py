@@ -60,7 +60,7 @@ class Gates:
 
     def acts(self, prompts: Prompts) -> dict[str, np.ndarray]:
         """By ``{gate}_{toward}`` whether it acts, float64 (N,); and ``p_conflict``, that of ``whole``."""
-        found = {f"{ASKED}_{toward}": asked_conflicts(prompts).astype(float) for toward in Toward}
+        found = dict.fromkeys((f"{ASKED}_{toward}" for toward in Toward), asked_conflicts(prompts).astype(float))
         for name, detector in self.detectors.items():
             reading = detector.read(read_states(prompts.asking, prompts.examples, detector.site).at_decision_NLD)
             found |= {f"{name}_{toward}": reading.acts(toward, THRESHOLD).astype(float) for toward in Toward}

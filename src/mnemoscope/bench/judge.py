@@ -96,10 +96,11 @@ class Frame:
         for role, number, control in self._controls(bench, one) if one else ():
             parts.append(self._answers("conflict", scores(control, self.lists["conflict"]), toward, number, role))
         plain = one or NOTHING
+        neutral = self.neutral.measured(plain) if first else self.neutral.unmeasured()
         return {
             "answers": pd.concat(parts, ignore_index=True),
             "texts": self._texts(plain, toward),
-            "neutral": self.neutral.measured(plain if first else None)[["kl_first", "kl_next"]].assign(toward=toward),
+            "neutral": neutral[["kl_first", "kl_next"]].assign(toward=toward),
         }
 
     def _controls(self, bench: DrawnBench, one: Intervention) -> Iterator[tuple[str, int, Intervention]]:

@@ -20,6 +20,7 @@ from mnemoscope.interventions import Binding, Toward
 from mnemoscope.interventions.methods import method_module, method_names, name_of
 from mnemoscope.models import load_model
 from mnemoscope.report import build_arena
+from mnemoscope.report.stories.arena import SCHEMA
 from mnemoscope.runs.digests import STAGES, intact, write_marker
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.files import plain, write_atomically
@@ -33,7 +34,6 @@ from mnemoscope.tasks import Task, allow_code, examples_digest, named_task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-SCHEMA = 3  # 2: before items were known otherwise than by the bare question, and fits were repeated
 # Columns of the set that a continued arena must find.
 ASKED = ("list", "example", "item", "prompt", "memorized", "generalized", "answer")
 CHOICES = ("sizes", "prompting", "name", "progress", "workers", "opening", "carry")

@@ -58,7 +58,7 @@ def carried(folder: Path) -> Iterator[tuple[str, Carried]]:
     origin = frame["task"] + ("-chat" if frame["prompting"]["chat"] else "")
     for path in sorted((folder / LEVERS).glob(f"{Toward.GENERALIZED}-*")):
         method = path.stem.removeprefix(f"{Toward.GENERALIZED}-")
-        if path.suffix != ".json" and "-from-" not in method:
+        if path.suffix != ".json":
             yield f"{method}-from-{origin}", Carried(path.parent, method, origin)
 
 
@@ -169,10 +169,8 @@ class Trial:
             return []
         about: dict[str, Any] = {"task": self.task.name, "prompting": self.prompting}
         bound = replace(one, **about).bound_to(self.opened.model, self.opened.tokenizer)
-        path = self.levers / f"{one.toward}-{one.method}.safetensors"
-        if one.changes_weights:
-            path.with_suffix("").mkdir(parents=True, exist_ok=True)
-        return bound.save(path)
+        self.levers.mkdir(parents=True, exist_ok=True)
+        return bound.save(self.levers / f"{one.toward}-{one.method}.safetensors")
 
 
 def _norm(one: Intervention, bench: DrawnBench) -> float:

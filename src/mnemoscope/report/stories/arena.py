@@ -23,6 +23,7 @@ from mnemoscope.runs.strict import bounded_table, read_json
 from mnemoscope.runs.toward import Toward
 from mnemoscope.statistics import Estimate, auroc, holm, mean, proportion, sign_flips
 
+SCHEMA = 4  # of records; 3: before gates were chosen on tune and fits were kept
 UNSTEERED = "unsteered"
 KEPT = ("agreeing", "bare")
 LISTS = ("conflict", *KEPT)
@@ -59,6 +60,8 @@ class ArenaRecords:
             raise InputError(f"run: {folder} is a link; name the run that it leads to")
         check_closed(folder)
         frame, listed = read_intact(folder / "frame.json", lambda path: read_json(path, FrameFacts)), digests_of(folder)
+        if frame["schema"] != SCHEMA:
+            raise InputError(f"schema: {folder} is {frame['schema']}, of another version; this one reads {SCHEMA}")
         facts, tables, left_out = {}, {}, {}
         for name in (UNSTEERED, *frame["order"]):
             if f"{name}.json" not in listed:
