@@ -12,7 +12,7 @@ from arena_lists import SIZES, plainly
 from little_facts import LittleFacts
 from mnemoscope.behaviour import Asking, Scores, prepare, score
 from mnemoscope.bench import known as known_module
-from mnemoscope.bench.answers import NOTHING, Neutral, is_exact
+from mnemoscope.bench.answers import NOTHING, Neutral, is_exact, is_said
 from mnemoscope.bench.gate import asked_conflicts
 from mnemoscope.bench.known import Known, ask_known
 from mnemoscope.bench.lists import DrawnBench
@@ -176,6 +176,14 @@ def test_exact_match_is_of_the_first_line_in_its_normal_form() -> None:
     assert is_exact("the Hague", "Hague")
     assert not is_exact(" Paris is", " Paris")
     assert not is_exact("", " Paris")
+
+
+def test_a_sentence_says_what_it_names_first() -> None:
+    said = " The capital of France, says the text, is not Paris but the Hague."
+    assert is_said(said, " Paris", " Hague")
+    assert not is_said(said, " Hague", " Paris")
+    assert is_said(said, " Hague", " Rome")
+    assert not is_said(" Parisian.", " Paris", " Hague")
 
 
 def test_divergence_on_neutral_text_is_that_of_plain_passes(

@@ -264,7 +264,7 @@ def test_what_is_learned_together_is_what_is_learned_alone(asking: Asking, site:
 
 
 def low_rank_of(bench: GivenBench, labels: Labels = ANSWERED) -> SteeringVector:
-    learned = low_rank._vector(bench, Toward.MEMORIZED, (0, 1), low_rank.RATES[0], labels)
+    learned = low_rank._vector(bench, Toward.MEMORIZED, low_rank.How((0, 1), 4, low_rank.RATES[0], "own"), labels)
     return replace(learned, setting={"layers": [0, 1]})
 
 

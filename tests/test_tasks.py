@@ -16,11 +16,12 @@ import pytest
 
 from holding_out import HoldingOut
 from mnemoscope.paper.inference import COLOURS, InferenceTask
-from mnemoscope.paper.joint import JointTask
 from mnemoscope.paper.stored import CIPHERS, SUMS, StoredTask
 from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import KINDS, SPLITS, Example, Instance, Side, Task, allow_code, answer_of, build_task, draw
 from mnemoscope.tasks.facts import FactsTask
+from mnemoscope.tasks.joint import JointTask
+from mnemoscope.tasks.jsonl import write_jsonl
 
 DESIGNED = ("inference", "two-hop", "addition", "addition-digits", "cipher", "joint")
 
@@ -185,6 +186,29 @@ def test_a_part_alone_is_the_same_task_and_says_so_for_the_joint_one() -> None:
             if name == "cipher":
                 assert alone
                 assert (alone.prompt in stored_prompts(part)) == (toward == "memorized")
+
+
+def test_files_are_parts_of_a_joint_task_and_keep_what_they_say(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        example = Example("x", f"{name} says A. It is", "conflict", "x", memorized=" B", generalized=" A")
+        (tmp_path / f"{name}.jsonl").write_text(write_jsonl([example, example.phrased(f"{name}: A. It is", "default")]))
+    files = {str(tmp_path / f"{name}.jsonl"): {} for name in ("one", "two")}
+    joint = build_task("joint", {"parts": files}, 0)
+    assert (joint.documents, joint.vocabulary) == (True, None)
+    found = {e.item: e.prompt for e in joint.examples(rng(), 8, "conflict")}
+    assert {item: prompt[:3] for item, prompt in found.items()} == {"one/x": "one", "two/x": "two"}
+    with pytest.raises(InputError, match="nothing to train on"):
+        next(joint.training(rng()))
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "one.jsonl").write_bytes((tmp_path / "one.jsonl").read_bytes())
+    for parts, message in (
+        ({**files, str(tmp_path / "again" / "one.jsonl"): {}}, "names of their own"),
+        ({"os:system": {}}, "if you trust it"),
+        ({}, "at least one task"),
+        (["facts"], "not a mapping"),
+    ):
+        with pytest.raises(InputError, match=message):
+            build_task("joint", {"parts": parts}, 0)
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,12 @@ def is_exact(text: str, answer: str) -> bool:
     return _normal(first) == _normal(answer)
 
 
+def is_said(text: str, answer: str, other: str) -> bool:
+    """Whether a text, a sentence maybe, names an answer, and not the other one before it; normal forms, whole words."""
+    mine, theirs = (f" {_normal(text)} ".find(f" {_normal(one)} ") for one in (answer, other))
+    return mine >= 0 and not 0 <= theirs < mine
+
+
 def _normal(text: str) -> str:
     bare = "".join(" " if sign in string.punctuation else sign for sign in text.lower())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())

@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 
 from mnemoscope.behaviour import Scores
-from mnemoscope.bench.answers import NOTHING, Neutral, is_exact, scores, texts_of
+from mnemoscope.bench.answers import NOTHING, Neutral, is_exact, is_said, scores, texts_of
 from mnemoscope.bench.gate import Gates
 from mnemoscope.bench.lists import LISTS, DrawnBench
 from mnemoscope.bench.prompts import Prompts
 from mnemoscope.bench.varied import varied_lists
-from mnemoscope.interventions import Intervention, SteeringVector
+from mnemoscope.interventions import Intervention, SteeringVector, Toward
 from mnemoscope.interventions.controls import has_equal_norm, of_equal_norm, shuffles
 from mnemoscope.interventions.methods import nulls, refitted
 from mnemoscope.interventions.sources import PERMUTED
@@ -125,11 +125,11 @@ class Frame:
         config, conflict = self.bench.config, self.lists["conflict"]
         first = conflict.of(np.arange(min(config.written, len(conflict))))
         made = texts_of(one, first, config.tokens, config.cuts)
-        exact = {
-            side: [is_exact(text, str(getattr(e, side))) for text, e in zip(made.texts, first.examples, strict=True)]
-            for side in ("memorized", "generalized")
-        }
         columns: dict[str, Any] = {"toward": toward, "example": np.arange(len(first)), "text": made.texts}
-        columns |= {f"exact_{side}": found for side, found in exact.items()}
+        for way in Toward:
+            two = [(str(getattr(e, way)), str(getattr(e, way.opposite))) for e in first.examples]
+            told = list(zip(made.texts, two, strict=True))
+            columns[f"exact_{way}"] = [is_exact(text, answer) for text, (answer, _) in told]
+            columns[f"said_{way}"] = [is_said(text, *both) for text, both in told]
         columns |= {"nats": made.nats_N, "repeated": made.repeated_N, "seconds": made.seconds}
         return pd.DataFrame(columns)

@@ -1,6 +1,6 @@
-"""What is learned by gradients, on the lists of a fit: one teacher, what is held, and one loop, for all that learn.
+"""What is learned by gradients, on the lists of a fit: the teachers, what is held, and one loop, for all that learn.
 
-To memory the teacher is the model's own answer to the bare question, so that no answer is learned by heart. To the
+To memory the teacher may be the model's own answer to the bare question, so that no answer is learned by heart. To the
 context, and where there is no bare question, it is the wanted answer.
 
 Shapes: N examples, K ways that are learned together, V vocabulary.
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import cycle, islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from mnemoscope.tasks import Example
 Applied = Callable[[int | None], AbstractContextManager[Any]]  # the decision column, None: the last of each prompt
 Lesson = Callable[[Any], Tensor]  # what is learned so far -> loss
 Acting = Callable[[Any], AbstractContextManager[Any]]  # what is learned so far -> the context in which it acts
+Teacher = Literal["own", "wanted"]  # the model's own answers to bare questions, or the wanted ones
 
 
 class Asked(NamedTuple):
@@ -97,9 +98,18 @@ def log_p(asking: Asking, asked: Sequence[Asked], applied: Applied | None = None
         return only_log_probability(asking, batch)
 
 
-def taught(lists: FitLists, toward: Toward, labels: Labels, applied: Acting) -> list[Lesson]:
-    """What is taught to what acts on all tokens, batch by batch; ``applied``: the context in which it acts."""
-    if labels == ANSWERED and toward == "memorized" and lists.bare:
+def teachers(lists: FitLists, toward: Toward) -> tuple[Teacher, ...]:
+    """Those that there are in a direction."""
+    return ("own", "wanted") if toward == "memorized" and lists.bare else ("wanted",)
+
+
+def taught(lists: FitLists, toward: Toward, labels: Labels, applied: Acting, teacher: Teacher = "own") -> list[Lesson]:
+    """What is taught to what acts on all tokens, batch by batch; ``applied``: the context in which it acts.
+
+    ``teacher``: the model's own answers to bare questions, where there are such, or the wanted answers.
+    """
+    if labels == ANSWERED and teacher in teachers(lists, toward)[:-1]:
+        assert lists.bare
         return _own_answers(lists, *lists.bare, applied)
 
     def wanted(asked: Asked, now: Any) -> Tensor:

@@ -19,50 +19,46 @@ from torch import Tensor
 from mnemoscope.interventions import Intervention, LowRank, SteeringVector, Toward, edited
 from mnemoscope.interventions.contract import Bench
 from mnemoscope.interventions.learning import descend, held, taught
-from mnemoscope.interventions.methods.low_rank import LAYERS
-from mnemoscope.interventions.shifts import once, spread_layers
+from mnemoscope.interventions.methods.low_rank import How, ways_of
+from mnemoscope.interventions.shifts import once
 from mnemoscope.interventions.sources import ANSWERED, PERMUTED, Labels
 from mnemoscope.models import in_precision, quick_precision
 
 ABOUT = "low-rank edit of the state (arXiv 2404.03592)"
 NULLS = (PERMUTED,)
-RANKS = (4,)  # that of ours
 STRENGTHS = (0.5, 1.0)  # of the edit once it is learned
 RATES = (0.01, 0.003)
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
-    """Every rank, rate and strength; InputError with too few pairs."""
+    """Every teacher, rate and strength; InputError with too few pairs."""
     found = list[Intervention]()
-    for rank, rate, strength in product(RANKS, RATES, STRENGTHS):
-        one = _vector(bench, toward, rank, rate, ANSWERED) * strength
-        found.append(replace(one, setting={**one.setting, "strength": strength}))
+    for how, strength in product(ways_of(bench, toward, RATES), STRENGTHS):
+        one = _vector(bench, toward, how, ANSWERED) * strength
+        found.append(replace(one, setting=how.setting | {"strength": strength}))
     return found
 
 
 def again(bench: Bench, one: SteeringVector, several: Sequence[Labels]) -> list[SteeringVector]:
     """The same learned from other answers, one by one."""
-    rank, rate = one.setting["rank"], one.setting["rate"]
-    return [_vector(bench, one.toward, rank, rate, labels) * one.strength for labels in several]
+    found = {name: one.setting[name] for name in How._fields}
+    how = How(**found | {"layers": tuple(found["layers"])})
+    return [_vector(bench, one.toward, how, labels) * one.strength for labels in several]
 
 
 @once
-def _vector(bench: Bench, toward: Toward, rank: int, rate: float, labels: Labels) -> SteeringVector:
-    layers = tuple(spread_layers(bench, LAYERS))
+def _vector(bench: Bench, toward: Toward, how: How, labels: Labels) -> SteeringVector:
     with in_precision(bench.asking.model, quick_precision(bench.asking.model)):
-        edits = learned(bench, toward, layers, rank, rate, labels)
-    setting = {"layers": list(layers), "rank": rank, "rate": rate}
-    return SteeringVector(toward, edits, positions="all", method="reft", setting=setting)
+        edits = learned(bench, toward, how, labels)
+    return SteeringVector(toward, edits, positions="all", method="reft", setting=how.setting)
 
 
-def learned(
-    bench: Bench, toward: Toward, layers: Sequence[int], rank: int, rate: float, labels: Labels = ANSWERED
-) -> dict[int, LowRank]:
+def learned(bench: Bench, toward: Toward, how: How, labels: Labels = ANSWERED) -> dict[int, LowRank]:
     """By layer, the edit with R (K, D), W (K, D) and b (K,), from W = R and b = 0 on.
 
     The bias is learned in units of the state's norm, so that one rate fits every model.
     """
-    lists, sources = bench.lists, bench.sources("block")
+    lists, sources, (layers, rank, rate, teacher) = bench.lists, bench.sources("block"), how
     generator = torch.Generator().manual_seed(37 + rank + 10**6 * bench.seed)
     width, norms = sources.shape_LD[1], sources.norm_L[list(layers)]
     first_LDK = torch.linalg.qr(torch.randn(len(layers), width, rank, generator=generator))[0]
@@ -78,7 +74,7 @@ def learned(
         }
 
     applied = partial(edited, lists.asking.model, site="block", positions="all")
-    lessons = taught(lists, toward, labels, applied), held(lists, toward, applied)
+    lessons = taught(lists, toward, labels, applied, teacher), held(lists, toward, applied)
     descend(parts, rate, edits, lessons, lists.steps)
     return {layer: LowRank(*(part.detach() for part in edit.tensors)) for layer, edit in edits().items()}
 

@@ -17,7 +17,7 @@ TASKS = {  # where the class of each built-in task is
     "addition": "mnemoscope.paper.stored:AdditionTask",
     "addition-digits": "mnemoscope.paper.stored:AdditionDigitsTask",
     "cipher": "mnemoscope.paper.stored:CipherTask",
-    "joint": "mnemoscope.paper.joint:JointTask",
+    "joint": "mnemoscope.tasks.joint:JointTask",
     "facts": "mnemoscope.tasks.facts:FactsTask",
     "memotrap": "mnemoscope.tasks.memotrap:MemotrapTask",
     "pararel": "mnemoscope.tasks.pararel:PararelTask",

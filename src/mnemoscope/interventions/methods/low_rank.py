@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from mnemoscope.interventions.contract import Bench, Intervention, Toward
 from mnemoscope.interventions.edits import LowRank
 from mnemoscope.interventions.hooks import edited
-from mnemoscope.interventions.learning import gradients, held, taught
+from mnemoscope.interventions.learning import Teacher, gradients, held, taught, teachers
 from mnemoscope.interventions.shifts import once, spread_layers
 from mnemoscope.interventions.sources import ANSWERED, TAUGHT, Labels, Sources
 from mnemoscope.interventions.vector import SteeringVector
@@ -28,56 +28,77 @@ from mnemoscope.models import in_precision, quick_precision
 
 ABOUT = "low-rank shifts of every token at several blocks, taught by the model's own answers"
 NULLS = TAUGHT
-LAYERS, FACTORS = 5, (0.5, 0.75, 1.0)  # blocks, and factors on what was learned
-RANK = 4
+LAYERS, RANK, FACTORS = 10, 8, (0.5, 0.75, 1.0)  # blocks, and factors on what was learned
+FEW = 4  # rank where a bench tries few blocks
 RATES, WARM_UP, LAST_RATE = (0.004, 0.002), 5, 0.1  # of Adam, for states in units of their spread; it falls to a tenth
 Edits = dict[int, LowRank]
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
-    """Every factor of what is learned at each rate, or what the bench tries; InputError with too few pairs."""
-    tried = bench.tried.low_rank
-    layers = tuple(spread_layers(bench, tried.layers if tried else LAYERS))
-    factors, rates = (tried.factors, RATES[:1]) if tried else (FACTORS, RATES)
+    """Every factor of what is learned by each teacher, or what the bench tries; InputError with too few pairs."""
+    if tried := bench.tried.low_rank:
+        ways = [How(tuple(spread_layers(bench, tried.layers)), FEW, RATES[0], "own")]
+    else:
+        ways = ways_of(bench, toward, RATES)
+    factors = tried.factors if tried else FACTORS
     return [
-        replace(_vector(bench, toward, layers, rate, ANSWERED) * factor, setting=_setting(layers, rate, factor))
-        for rate, factor in product(rates, factors)
+        replace(_vector(bench, toward, how, ANSWERED) * factor, setting=how.setting | {"factor": factor})
+        for how, factor in product(ways, factors)
     ]
 
 
-def _setting(layers: Sequence[int], rate: float, factor: float) -> dict[str, Any]:
-    return {"layers": list(layers), "rate": rate, "factor": factor}
+class How(NamedTuple):
+    """How an edit is learned: at which blocks, of which rank, at which rate, by which teacher."""
+
+    layers: tuple[int, ...]
+    rank: int
+    rate: float
+    teacher: Teacher
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """As artefacts have it."""
+        return self._asdict() | {"layers": list(self.layers)}
+
+
+def ways_of(bench: Bench, toward: Toward, rates: Sequence[float]) -> list[How]:
+    """By each teacher, at each rate; by the model's own answers at the first one alone."""
+    layers, every = tuple(spread_layers(bench, LAYERS)), teachers(bench.lists, toward)
+    return [
+        How(layers, RANK, rate, teacher) for teacher in every for rate in (rates if teacher == "wanted" else rates[:1])
+    ]
 
 
 def again(bench: Bench, one: SteeringVector, several: Sequence[Labels]) -> list[SteeringVector]:
     """The same learned from other answers, one by one."""
-    layers, rate = tuple(one.setting["layers"]), one.setting.get("rate", RATES[0])
-    return [_vector(bench, one.toward, layers, rate, labels) * one.strength for labels in several]
+    found = {name: one.setting[name] for name in How._fields if name in one.setting}
+    how = How(**{"rank": FEW, "rate": RATES[0], "teacher": "own"} | found | {"layers": tuple(one.setting["layers"])})
+    return [_vector(bench, one.toward, how, labels) * one.strength for labels in several]
 
 
 @once
-def _vector(bench: Bench, toward: Toward, layers: tuple[int, ...], rate: float, labels: Labels) -> SteeringVector:
+def _vector(bench: Bench, toward: Toward, how: How, labels: Labels) -> SteeringVector:
     sources = bench.sources("block")
     model = sources.lists.asking.model
     with in_precision(model, quick_precision(model)):
-        edits = _learned(sources, toward, layers, rate, labels, bench.seed)
+        edits = _learned(sources, toward, how, labels, bench.seed)
     return SteeringVector(toward, edits, positions="all", unit="spread", method="low-rank")
 
 
-def _learned(sources: Sources, toward: Toward, layers: Sequence[int], rate: float, labels: Labels, seed: int) -> Edits:
+def _learned(sources: Sources, toward: Toward, how: How, labels: Labels, seed: int) -> Edits:
     """A low-rank shift of every token at some layers.
 
     Adam on what is ``taught`` and ``held``. States are read about their
     mean, and shifts written, in units of each neuron's spread. Passes are in bfloat16 where that is quicker (three
     times on a processor that has it); the shift is applied and judged in float32.
     """
-    lists = sources.lists
-    drawn = np.random.default_rng(seed).normal(size=(len(layers), RANK, sources.shape_LD[1]))
+    lists, layers = sources.lists, how.layers
+    drawn = np.random.default_rng(seed).normal(size=(len(layers), how.rank, sources.shape_LD[1]))
     reads_LKD = torch.tensor(drawn / np.sqrt(drawn.shape[2]), dtype=torch.float32)
     learned = [reads_LKD, torch.zeros_like(reads_LKD), torch.zeros_like(reads_LKD[:, 0])]
     for part in learned:
         part.requires_grad_()
-    adam = torch.optim.Adam(learned, lr=rate)
+    adam = torch.optim.Adam(learned, lr=how.rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda step: min(1.0, (step + 1) / WARM_UP) * (1 - (1 - LAST_RATE) * step / lists.low_rank_steps)
     )
@@ -85,7 +106,7 @@ def _learned(sources: Sources, toward: Toward, layers: Sequence[int], rate: floa
     means_LD, spreads_LD = (torch.from_numpy(part_LD).float() for part_LD in (mean_LD, sources.spread_LD))
     made = partial(_edits, {layer: (means_LD[layer], spreads_LD[layer]) for layer in layers}, *learned)
     applied = partial(edited, lists.asking.model, site="block", positions="all")
-    lessons = taught(lists, toward, labels, applied), held(lists, toward, applied)
+    lessons = taught(lists, toward, labels, applied, how.teacher), held(lists, toward, applied)
     for _ in gradients(learned, made, lessons, lists.low_rank_steps):
         adam.step()
         schedule.step()

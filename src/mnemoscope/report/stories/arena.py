@@ -23,7 +23,7 @@ from mnemoscope.runs.strict import bounded_table, read_json
 from mnemoscope.runs.toward import Toward
 from mnemoscope.statistics import Estimate, auroc, holm, mean, proportion, sign_flips
 
-SCHEMA = 4  # of records; 3: before gates were chosen on tune and fits were kept
+SCHEMA = 5  # of records; 4: before texts were searched for the answer
 UNSTEERED = "unsteered"
 KEPT = ("agreeing", "bare")
 LISTS = ("conflict", *KEPT)
@@ -190,11 +190,14 @@ def _measure(records: ArenaRecords, name: str, toward: Toward) -> dict[str, Any]
         "varied": {one: records.share(name, toward, one, toward) for one in varied},
         "mix": _mixed(records, name, toward, None),
         "gated": {gate: _mixed(records, name, toward, gate) for gate in records.frame["gates"]},
-        "exact": proportion(
-            texts[f"exact_{toward}"].to_numpy(float),
-            records.groups("conflict")[texts["example"].to_numpy(int)],
-            _draws(texts["fit"]),
-        ),
+        **{
+            how: proportion(
+                texts[f"{how}_{toward}"].to_numpy(float),
+                records.groups("conflict")[texts["example"].to_numpy(int)],
+                _draws(texts["fit"]),
+            )
+            for how in ("exact", "said")
+        },
         **{column: mean_of_known(texts[column].tolist()) for column in ("nats", "repeated", "seconds")},
         "divergence": {key: mean_of_known(neutral[f"kl_{key}"].tolist()) for key in ("first", "next")},
     }

@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 
 from mnemoscope.report.drawing import COLOUR, FINE, INK, MUTED, RULE, Panel, canvas, draw
 from mnemoscope.report.page import Table, filled
-from mnemoscope.report.rows import Part, to_json
+from mnemoscope.report.rows import Part, mean_of_known, parts_of, to_json
 from mnemoscope.report.stories.arena import MARGIN, UNSTEERED, ArenaRecords, results_of
 from mnemoscope.report.words import percent
 from mnemoscope.runs.digests import write_marker
 from mnemoscope.runs.files import write_atomically
 from mnemoscope.runs.toward import Toward
-from mnemoscope.statistics import Estimate
+from mnemoscope.statistics import Estimate, averaged
 
 TITLES = {"generalized": "To context", "memorized": "To memory"}
 LISTS = {"agreeing": "texts that agree", "bare": "bare questions"}
@@ -55,7 +55,8 @@ def build_arena(run: Path, beside: Sequence[Path] = ()) -> Path:
         }
         for number, one in enumerate(found)
     ]
-    page = filled("arena.html", arenas=shown, across=across_tables(found) if beside else [])
+    drawn = [Markup(svg) for number, one in enumerate(by_model(found)) for svg in _drawn(one, f"model-{number}")]
+    page = filled("arena.html", arenas=shown, across=across_tables(found) if beside else [], models=drawn)
     return write_atomically(run / "arena.html", page.encode())
 
 
@@ -131,6 +132,28 @@ def across_tables(found: Sequence[Part]) -> list[Table]:
     return tables
 
 
+def by_model(found: Sequence[Part]) -> list[Part]:
+    """Of each model with several arenas, what is drawn of one: means over its sets, and of the ends of intervals."""
+    pooled = []
+    for model in dict.fromkeys(results.model for results in found):
+        sets = [results for results in found if results.model == model]
+        names = [name for name in sets[0].methods if all(name in one.methods for one in sets)]
+        methods = {
+            name: dict(zip(("passes", "changes_weights"), _cost(sets[0], name), strict=True))
+            | {toward: _mean_of([one.methods[name][toward] for one in sets]) for toward in Toward}
+            for name in names
+        }
+        unsteered = {toward: _mean_of([one.unsteered[toward] for one in sets]) for toward in Toward}
+        made = {"model": model, "task": f"mean of {len(sets)} sets", "unsteered": unsteered, "methods": methods}
+        pooled += [parts_of(made)] if len(sets) > 1 else []
+    return pooled
+
+
+def _mean_of(cells: Sequence[Part]) -> dict[str, Any]:
+    shares = {name: averaged([cell[name] for cell in cells]) for name in ("exact", "wanted")}
+    return {**shares, "lost": mean_of_known([cell.lost for cell in cells])}
+
+
 def _wanted_lost(found: Part | None) -> str:
     return f"{percent(found.wanted.estimate)} / {percent(found.lost)}" if found else DASH
 
@@ -154,10 +177,18 @@ def _answers(results: Part, toward: str) -> Table:
         beside = " / ".join(percent(controls[one].estimate) if one in controls else DASH for one in CONTROLS)
         shares = [found[share].estimate for share in ("opposite", "neither", *LISTS)]
         rows.append(
-            [name, _fits(results, name), _ranged(found.exact), _ranged(found.wanted), beside, *map(_share, shares)]
+            [
+                *(name, _fits(results, name), *map(_ranged, (found.exact, found.said, found.wanted)), beside),
+                *map(_share, shares),
+            ]
         )
-    columns = ["method", "fits", "exact answer", "answer that begins so", f"controls: {' / '.join(CONTROLS.values())}"]
-    columns += ["other answer", "neither", *(f"{words} kept" for words in LISTS.values())]
+    columns = ["method", "fits", "exact answer", "text names it first", "answer that begins so"]
+    columns += [
+        f"controls: {' / '.join(CONTROLS.values())}",
+        "other answer",
+        "neither",
+        *(f"{words} kept" for words in LISTS.values()),
+    ]
     return Table(f"{TITLES[toward]}: answers", columns, rows)
 
 

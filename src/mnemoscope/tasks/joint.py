@@ -1,4 +1,4 @@
-"""Several tasks as one, for one model."""
+"""Several tasks as one: for one model that is trained on them, or one fit of a model that there is."""
 
 from __future__ import annotations
 
@@ -6,34 +6,38 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from mnemoscope.paper.stored import CHUNK
 from mnemoscope.runs.errors import InputError
-from mnemoscope.tasks import Example, Instance, Kind, Task, build_task
+from mnemoscope.tasks.base import Example, Instance, Kind, Task
+from mnemoscope.tasks.registry import build_task, check_allowed, described_task
+from mnemoscope.tasks.tables import is_file_of_rows
 
 Answer = TypeVar("Answer")
 NAMED = ("item", "group", "family")  # what is prefixed
+CHUNK = 512  # instances whose parts are drawn at a time
 DEFAULT_PARTS: dict[str, dict[str, Any]] = {"inference": {}, "addition-digits": {}, "cipher": {}}
 
 
 @dataclass(eq=False)
 class JointTask(Task):
-    """Several tasks for one model, each with its own stored answers.
+    """Several tasks as one, each with its own answers.
 
     Items, groups and families are prefixed with their part: ``cipher/abcd+3``. Prompts and answers are those of the
     part alone. Methods that take an example are those of its part; methods that take a text return what all parts agree
     on, else the default.
 
     Args:
-        parts: options of each task, by its name.
+        parts: options of each task, by its name, or by the path of a file of rows, which is named as the file is.
         shares: parts of the training instances, by name; they add up to 1. Default: equal.
         first: by name, how many instances of a part come before all parts are mixed.
         seed: that of every part, so that each is the task it would be alone.
 
-    Raises InputError where a part is no task to train on, or ``shares`` or ``first`` do not fit the parts.
+    It can be trained on where all parts can. Raises InputError where a part cannot be made, two have one name, or
+    ``shares`` or ``first`` do not fit the parts.
     """
 
     name = "joint"
@@ -49,9 +53,10 @@ class JointTask(Task):
             raise InputError(f"parts: {given!r} is not a mapping of task names to their options")
         if not given or "joint" in given:
             raise InputError(f"parts: {', '.join(given) or 'none'}; at least one task is wanted, and not joint itself")
-        built = {n: o if isinstance(o, Task) else build_task(n, o or {}, self.seed) for n, o in given.items()}
-        if without := [name for name, part in built.items() if part.vocabulary is None]:
-            raise InputError(f"parts: task {without[0]!r} has no vocabulary to train on")
+        named = {Path(name).stem if is_file_of_rows(name) else name: name for name in given}
+        if len(named) < len(given):
+            raise InputError(f"parts: {', '.join(given)}; files need names of their own")
+        built = {name: _part(path, given[path], self.seed) for name, path in named.items()}
         names, shares, first = ", ".join(built), self.shares, dict(self.first or {})
         shares = dict.fromkeys(built, 1 / len(built)) if shares is None else shares
         fitting = isinstance(shares, Mapping) and set(shares) == set(built) and min(shares.values()) > 0
@@ -63,12 +68,17 @@ class JointTask(Task):
         # An answer closes as its part closes it: no part trains another's ending.
         ends = [part.boundary for part in built.values()]
         self.boundary = None if None in ends else tuple(dict.fromkeys(text for end in ends for text in end or ()))
-        self.vocabulary = list(dict.fromkeys(word for part in built.values() for word in part.vocabulary or ()))
+        words = [part.vocabulary for part in built.values()]
+        self.vocabulary = None if None in words else list(dict.fromkeys(word for of in words for word in of or ()))
+        self.documents = all(part.documents for part in built.values())
         self.memory_is_conflict = any(part.memory_is_conflict for part in built.values())
         self.begins_reply = all(part.begins_reply for part in built.values())
 
     def training(self, rng: np.random.Generator) -> Iterator[Instance]:
-        """Instances of the parts, mixed in their shares; before that, what comes first."""
+        """Instances of the parts, mixed in their shares; before that, what comes first.
+
+        Raises InputError where a part is no task to train on.
+        """
         streams = {name: part.training(rng) for name, part in self.parts.items()}
         for name, n in self.first.items():
             yield from islice(streams[name], n)
@@ -109,6 +119,7 @@ class JointTask(Task):
         return [_outside(name, e) for name, part in self.parts.items() for e in part.facts_to_know()]
 
     def knowing(self, items: set[str]) -> Task:
+        """The same of what is known of each part; InputError where a part has facts to know, and none is known."""
         known = copy.copy(self)
         known.parts = {
             name: part.knowing({item.removeprefix(f"{name}/") for item in items if item.startswith(f"{name}/")})
@@ -143,3 +154,14 @@ class JointTask(Task):
 def _outside(name: str, example: Example) -> Example:
     names: dict[str, Any] = {field: f"{name}/{getattr(example, field)}" for field in NAMED}
     return replace(example, **names)
+
+
+def _part(name: str, given: Any, seed: int) -> Task:
+    """A part by its task's name or its file; code of a user's own has to be allowed, as names may come from files."""
+    if isinstance(given, Task):
+        return given
+    if is_file_of_rows(name):
+        kind, options = described_task(name)
+        return build_task(kind, options | (given or {}), seed)
+    check_allowed(name)
+    return build_task(name, given or {}, seed)
