@@ -71,8 +71,9 @@ def ways_of(bench: Bench, toward: Toward, rates: Sequence[float]) -> list[How]:
 
 def again(bench: Bench, one: SteeringVector, several: Sequence[Labels]) -> list[SteeringVector]:
     """The same learned from other answers, one by one."""
-    found = {name: one.setting[name] for name in How._fields if name in one.setting}
-    how = How(**{"rank": FEW, "rate": RATES[0], "teacher": "own"} | found | {"layers": tuple(one.setting["layers"])})
+    given: dict[str, Any] = {"rank": FEW, "rate": RATES[0], "teacher": "own"}
+    given |= {name: one.setting[name] for name in How._fields if name in one.setting}
+    how = How(**given | {"layers": tuple(given["layers"])})
     return [_vector(bench, one.toward, how, labels) * one.strength for labels in several]
 
 
