@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from families import FAMILIES, MORE, prompts, tiny, tokenizer
 from helpers import hook_count
-from mnemoscope.doctor import Check, examine
+from mnemoscope.face.doctor import Check, examine
 from mnemoscope.models import Layout, blocks_of, layout_of, site_module, use_layout
 from mnemoscope.runs.errors import InputError
 

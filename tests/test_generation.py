@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from families import prompts, tiny, tokenizer
 from mnemoscope.behaviour import capturing
-from mnemoscope.doctor import examine
+from mnemoscope.face.doctor import examine
 from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import Layout, Site, blocks_of, layout_of, site_width, use_layout
 from mnemoscope.models.caches import cache_argument

@@ -15,7 +15,7 @@ import mnemoscope as ms
 from families import prompts, tiny, tokenizer
 from helpers import MINI_TASKS, label, mini_examples
 from mnemoscope.behaviour import Asking, decode
-from mnemoscope.doctor import examine
+from mnemoscope.face.doctor import examine
 from mnemoscope.face.recipe import ONE_LAYER
 from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import load_model

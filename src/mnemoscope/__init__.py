@@ -17,6 +17,8 @@ from mnemoscope.runs.lazily import handed_on
 from mnemoscope.runs.waiting import bound_waiting
 
 if TYPE_CHECKING:
+    from mnemoscope.auditing.items import Item, Variant
+    from mnemoscope.auditing.run import audit
     from mnemoscope.behaviour import Asking, Prompting, draw_candidates, mine_pairs, prepare, read_states, score
     from mnemoscope.bench.run import arena
     from mnemoscope.config import load_study

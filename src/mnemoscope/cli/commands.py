@@ -227,7 +227,7 @@ def doctor(
 
 def _is_well(model: str, prompts: list[str] | None, how: given.How) -> bool:
     """Print the checks of a model; whether all have passed."""
-    from mnemoscope.doctor import PROMPTS, examine
+    from mnemoscope.face.doctor import PROMPTS, examine
 
     checks = list(examine(*open_model(model, how), prompts or PROMPTS))
     well, width = all(check.passed for check in checks), max(len(check.name) for check in checks)

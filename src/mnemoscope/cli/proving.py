@@ -75,7 +75,7 @@ def _prompts_of(source: Path) -> list[str]:
     """Test prompts of the only cell of a run, so that gates may open on some; without any, the doctor's own."""
     import pandas as pd
 
-    from mnemoscope.doctor import PROMPTS
+    from mnemoscope.face.doctor import PROMPTS
     from mnemoscope.runs.strict import bounded_table, read_bytes
     from mnemoscope.serving.proof import MOST_PROMPTS
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mnemoscope.config.arena import ArenaConfig
+from mnemoscope.config.audit import AuditConfig
 from mnemoscope.config.model import ModelConfig
 from mnemoscope.config.study import StudyConfig
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.strict import read_text, validated
 from mnemoscope.runs.yaml import MOST_YAML, dump_yaml, parse_yaml
 
-Config = TypeVar("Config", StudyConfig, ModelConfig, ArenaConfig)
+Config = TypeVar("Config", StudyConfig, ModelConfig, ArenaConfig, AuditConfig)
 STUDIES = resources.files("mnemoscope.config") / "studies"
 
 
@@ -52,6 +53,7 @@ def _parsed(kind: type[Config], where: str, raw: dict[str, Any]) -> Config:
 parse_study = partial(_parsed, StudyConfig, "study")
 parse_model = partial(_parsed, ModelConfig, "model")
 parse_arena = partial(_parsed, ArenaConfig, "arena")
+parse_audit = partial(_parsed, AuditConfig, "audit")
 
 
 def dump_study(config: StudyConfig) -> str:

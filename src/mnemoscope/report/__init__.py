@@ -10,6 +10,7 @@ from mnemoscope.report.results import compute_results
 from mnemoscope.report.rows import to_json
 from mnemoscope.report.stories import behaviour, cost, detector, differ, holds, read, steer_page, where
 from mnemoscope.report.stories.arena_page import build_arena
+from mnemoscope.report.stories.audit import build_audit
 from mnemoscope.report.stories.differ import draw_neuron
 from mnemoscope.report.summary import Summary, summary_of
 from mnemoscope.runs.digests import write_marker

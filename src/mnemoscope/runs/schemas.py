@@ -132,6 +132,17 @@ class FrameFacts(TypedDict):  # `arena/frame.json`
     by_answers: NotRequired[float | None]
 
 
+class AuditFacts(TypedDict):  # `audit/frame.json`
+    schema: int
+    model: str
+    weights: str
+    items: str
+    sizes: dict[str, float | str | None]
+    form: dict[str, int | str]
+    prompting: dict[str, bool | str | None]
+    dtype: str
+
+
 class ArtefactFacts(TypedDict):  # the JSON beside the tensors of a vector or detector
     digest: dict[str, str] | str  # of its tensors and facts; a text: of the tensors alone, by an earlier version
     task: str

@@ -31,6 +31,8 @@ ALLOWED = {
     "passes": "pay two passes",
 }
 DASH = "-"
+LEAD = """A wanted answer is that of the text, or that of memory. Each method is fitted on one part of the items, its
+setting is chosen on a second, and it is judged on a third that was frozen before."""
 
 
 def build_arena(run: Path, beside: Sequence[Path] = ()) -> Path:
@@ -56,7 +58,8 @@ def build_arena(run: Path, beside: Sequence[Path] = ()) -> Path:
         for number, one in enumerate(found)
     ]
     drawn = [Markup(svg) for number, one in enumerate(by_model(found)) for svg in _drawn(one, f"model-{number}")]
-    page = filled("arena.html", arenas=shown, across=across_tables(found) if beside else [], models=drawn)
+    about = {"brand": "arena", "title": "Every lever on one test set", "lead": LEAD}
+    page = filled("tables.html", **about, articles=shown, across=across_tables(found) if beside else [], models=drawn)
     return write_atomically(run / "arena.html", page.encode())
 
 

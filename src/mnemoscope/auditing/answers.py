@@ -1,0 +1,45 @@
+"""Answers in replies: how each kind is found, and when two are the same."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Literal
+
+from mnemoscope.behaviour import phrase_of
+
+Kind = Literal["number", "choice", "short"]
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?|-?\.\d+")
+STATED = (re.compile(r"####\s*(.+)"), re.compile(r"\\boxed\{([^{}]*)\}"), re.compile(r"(?i)answer\s*(?:is|:)\s*(.+)"))
+CHOICE = re.compile(r"\(([A-Z])\)|\b([A-Z])\b(?=[).:,]|\s*$)", re.MULTILINE)
+
+
+def found_in(reply: str, kind: Kind) -> str | None:
+    """The answer of a reply in its normal form; None where it has none.
+
+    ``number``: the last one behind the last ``####``, else in the last ``\\boxed{}``, else on the line of the last
+    "answer is" or "answer:", else of all. ``choice``: the last letter in brackets, or alone before a mark, in the same
+    places. ``short``: the first phrase.
+    """
+    if kind == "short":
+        return normal(phrase_of(reply), kind) or None
+    stated = next((lines[-1] for pattern in STATED if (lines := pattern.findall(reply))), None)
+    for text in (stated, reply) if stated is not None else (reply,):
+        parts = NUMBER.findall(text) if kind == "number" else ["".join(two) for two in CHOICE.findall(text)]
+        if parts:
+            return normal(parts[-1], kind)
+    return None
+
+
+def normal(answer: str, kind: Kind) -> str:
+    """An answer in the form in which two are compared: a number by its value, words in lower case."""
+    text = answer.strip()
+    if kind == "number":
+        plain = text.replace(",", "").strip("$€£% ")
+        try:
+            return str(Fraction(plain))
+        except (ValueError, ZeroDivisionError):
+            return plain
+    if kind == "choice":
+        return text.strip("().: ")
+    return "".join(text.casefold().strip(".,;:!?\"' ").split())  # some tokenizers drop spaces

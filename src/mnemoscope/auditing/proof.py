@@ -1,0 +1,138 @@
+"""Proof by steering: what moves recited originals off their answers must leave solved variants at theirs.
+
+The shift is the paper's, a neuron-wise mean difference between near-identical inputs whose behaviour flips: variants
+minus their original, at the decision position. It is fitted on half of the recited items and judged on the other half,
+each in turn, so it is evidence for the group and not for an item.
+
+Shapes: N prompts, L layers, D neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mnemoscope.auditing.answers import found_in, normal
+from mnemoscope.auditing.items import Item, Variant
+from mnemoscope.auditing.replies import Form, replies
+from mnemoscope.behaviour import Asking, read_states
+from mnemoscope.interventions import SteeringVector, Toward
+from mnemoscope.interventions.edits import Shift
+from mnemoscope.runs.errors import InputError
+from mnemoscope.statistics import proportion
+from mnemoscope.tasks import Example
+
+LEAST = 4  # recited items, of which half are fitted on
+FACTORS = (0.5, 1.0, 2.0, 4.0)  # of the mean difference
+PARTS = 3  # of the blocks: shifted are those of one part, or all
+ALLOWED = 0.05  # of solved variants that may be lost where a setting is chosen
+CONTROLS = 2  # draws of equal norm
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What should be answered: the recited originals, and variants that were solved."""
+
+    recited: Sequence[tuple[str, Variant]]
+    solved: Sequence[tuple[str, Variant]]
+
+
+def prove(asking: Asking, form: Form, items: Sequence[Item], rows: pd.DataFrame, recited: Sequence[str]) -> Any:
+    """Shares that lose their answers under the shift and under controls of equal norm, of both groups.
+
+    Args:
+        rows: of ``replies.rows_of``, of the unsteered model; recited items whose original was answered wrong lose none.
+        recited: names of the items.
+
+    Raises:
+        InputError: there are too few of them.
+    """
+    right = set(rows.loc[rows["label"] == "right", "item"])
+    chosen = [item for item in items if item.item in recited and item.item in right and item.variants]
+    if len(chosen) < LEAST:
+        raise InputError(f"prove: {len(chosen)} recited items are answered right; at least {LEAST} are needed")
+    solved_of = {(row.item, row.place) for row in rows.itertuples() if row.label == "solved"}
+    solved = [
+        (item.item, one) for item in items for n, one in enumerate(item.variants, 1) if (item.item, n) in solved_of
+    ]
+    found: dict[str, list[tuple[str, float]]] = {}
+    for fold in range(2):
+        fit, test = chosen[fold::2], chosen[1 - fold :: 2]
+        names = {item.item for item in fit}
+        shift_LD = _difference(asking, form, fit)
+        lists = [
+            Asked([(i.item, Variant(i.prompt, i.answer)) for i in part], [s for s in solved if (s[0] in names) == own])
+            for part, own in ((fit, True), (test, False))
+        ]
+        best = _chosen(asking, form, shift_LD, lists[0])
+        for role, one in [("shift", best), *(("control", _random(best, n + CONTROLS * fold)) for n in range(CONTROLS))]:
+            for group, of in (("recited", lists[1].recited), ("solved", lists[1].solved)):
+                found.setdefault(f"{role}_{group}", []).extend(_lost(asking, form, one, of))
+    return {name: proportion([lost for _, lost in part], [item for item, _ in part]) for name, part in found.items()}
+
+
+def _difference(asking: Asking, form: Form, items: Sequence[Item]) -> np.ndarray:
+    """Mean over items of their variants' states minus their original's, float64 (L, D)."""
+
+    def states_NLD(several: Sequence[tuple[str, Variant]]) -> np.ndarray:
+        asked = [
+            Example(item, form.asked(one), "novel", item, answer=f" {one.answer.strip()}") for item, one in several
+        ]
+        return read_states(replace(asking, from_prompt=True), asked, "block").at_decision_NLD.astype(np.float64)
+
+    originals_NLD = states_NLD([(item.item, Variant(item.prompt, item.answer)) for item in items])
+    variants = [(item.item, one) for item in items for one in item.variants]
+    table = pd.Series(range(len(variants))).groupby([item for item, _ in variants], sort=False)
+    variants_NLD = states_NLD(variants)
+    means_NLD = np.stack([variants_NLD[list(rows)].mean(0) for _, rows in table])
+    return (means_NLD - originals_NLD).mean(0)
+
+
+def _chosen(asking: Asking, form: Form, shift_LD: np.ndarray, asked: Asked) -> SteeringVector:
+    """Of all layers and strengths the one that loses most recited answers, and not too many solved ones."""
+    layers = range(len(shift_LD))
+    found = list[tuple[float, int, SteeringVector]]()
+    for part, factor in product([*np.array_split(layers, PARTS), np.array(layers)], FACTORS):
+        one = _vector(factor * shift_LD, part.tolist())
+        recited, solved = (_share(_lost(asking, form, one, of)) for of in (asked.recited, asked.solved))
+        found.append((recited - solved - 10 * max(0.0, solved - ALLOWED), -len(found), one))
+    return max(found)[2]
+
+
+def _vector(shift_LD: np.ndarray, layers: Sequence[int]) -> SteeringVector:
+    import torch
+
+    edits = {layer: Shift(torch.from_numpy(shift_LD[layer].astype(np.float32))) for layer in layers}
+    return SteeringVector(Toward.GENERALIZED, edits, method="nmd")
+
+
+def _random(one: SteeringVector, seed: int) -> SteeringVector:
+    """A Gaussian shift of the same norm in every layer."""
+    import torch
+
+    generator, edits = torch.Generator().manual_seed(seed), dict[int, Shift]()
+    for layer, shift_D in one.shifts.items():
+        drawn_D = torch.randn(shift_D.shape, generator=generator)
+        edits[layer] = Shift(drawn_D * shift_D.norm() / drawn_D.norm())
+    return SteeringVector(Toward.GENERALIZED, edits, method="gaussian")
+
+
+def _lost(
+    asking: Asking, form: Form, one: SteeringVector, of: Sequence[tuple[str, Variant]]
+) -> list[tuple[str, float]]:
+    """By item whether the right answer is lost."""
+    with one.apply(asking.model):
+        written = replies(asking, form, [form.asked(variant) for _, variant in of]) if of else []
+    return [
+        (item, float(found_in(reply, form.kind) != normal(variant.answer, form.kind)))
+        for (item, variant), reply in zip(of, written, strict=True)
+    ]
+
+
+def _share(lost: Sequence[tuple[str, float]]) -> float:
+    return float(np.mean([one for _, one in lost])) if lost else 0.0

@@ -1,0 +1,139 @@
+"""What a model makes of items: its replies, and how likely it finds the texts themselves.
+
+Shapes: N texts, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mnemoscope.auditing.answers import Kind, found_in, normal
+from mnemoscope.auditing.items import Item, Variant
+from mnemoscope.behaviour import Asking, continued, left_padded
+from mnemoscope.models import context_length, pass_inputs
+from mnemoscope.runs.errors import InputError
+
+LARGEST = 2**26  # logits of one pass
+LOWEST = 0.2  # share of a text's tokens that Min-K% takes
+
+
+@dataclass(frozen=True)
+class Form:
+    """How items are asked.
+
+    Attributes:
+        kind: of answers, see ``answers.found_in``; ``form``: text with ``{prompt}`` in it.
+        tokens: of a reply, at most.
+    """
+
+    kind: Kind
+    form: str = "{prompt}"
+    tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if "{prompt}" not in self.form:
+            raise InputError(f"form: {self.form!r} has no {{prompt}}")
+
+    def asked(self, variant: Variant) -> str:
+        """What is asked."""
+        return self.form.replace("{prompt}", variant.prompt)
+
+    def text(self, variant: Variant) -> str:
+        """What is asked, and the answer behind it."""
+        asked = self.asked(variant)
+        joined = "" if asked[-1:].isspace() or variant.answer[:1].isspace() else " "
+        return f"{asked}{joined}{variant.answer}"
+
+
+def places_of(item: Item) -> list[Variant]:
+    """The original, then the variants."""
+    return [Variant(item.prompt, item.answer), *item.variants]
+
+
+@torch.no_grad()
+def replies(asking: Asking, form: Form, asked: Sequence[str]) -> list[str]:
+    """What is written behind prompts, greedily."""
+    texts = [asking.text(prompt) for prompt in asked]
+    order, found = np.argsort([len(text) for text in texts], kind="stable"), [""] * len(texts)
+    for start in range(0, len(texts), asking.batch_size):
+        chosen = order[start : start + asking.batch_size].tolist()
+        inputs = asking.padded([texts[i] for i in chosen])
+        ids_NT, mask_NT, width = continued(asking.model, asking.tokenizer, inputs, form.tokens)
+        for i, ids, mask in zip(chosen, ids_NT[:, width:].tolist(), mask_NT[:, width:].tolist(), strict=True):
+            found[i] = asking.tokenizer.decode(ids[: sum(mask)], skip_special_tokens=True)
+    return found
+
+
+@torch.no_grad()
+def likelihoods(asking: Asking, texts: Sequence[str]) -> list[dict[str, float]]:
+    """Of each text how likely its model finds it, without a chat's format: a mean over its tokens but the first.
+
+    ``nats``: cost a token. ``zlib``: its whole cost for a byte of the compressed text (Carlini et al. 2021). ``min_k``,
+    ``min_k_pp``: the mean of the least likely fifth of its tokens, the latter's in standard deviations of each token's
+    distribution (Shi et al. 2023, arXiv 2310.16789; Zhang et al. 2024, arXiv 2404.02936). All are higher for what is
+    more likely, ``nats`` and ``zlib`` lower.
+    """
+    rows = asking.tokenizer(list(texts)).input_ids
+    limit = context_length(asking.model)
+    for text, row in zip(texts, rows, strict=True):
+        if not 1 < len(row) <= limit:
+            raise InputError(f"prompt: {text[:60]!r} has {len(row)} tokens with its answer; allowed are 2 to {limit}")
+    order, found = np.argsort([len(row) for row in rows], kind="stable"), [dict[str, float]() for _ in rows]
+    for chosen in _batches(order.tolist(), rows, len(asking.tokenizer)):
+        ids_NT, mask_NT = left_padded([rows[i] for i in chosen], 0, asking.model.device)
+        logp_NTV = asking.model(**pass_inputs(asking.model, ids_NT, mask_NT)).logits[:, :-1].float().log_softmax(-1)
+        said_NT = logp_NTV.gather(2, ids_NT[:, 1:, None])[..., 0].double()
+        mean_NT = (logp_NTV.exp() * logp_NTV).sum(-1).double()
+        spread_NT = ((logp_NTV.exp() * logp_NTV.square()).sum(-1).double() - mean_NT.square()).clamp(min=1e-12).sqrt()
+        standard_NT = (said_NT - mean_NT) / spread_NT
+        for n, i in enumerate(chosen):
+            length = len(rows[i]) - 1
+            said_T, standard_T = (part[n, -length:].cpu().numpy() for part in (said_NT, standard_NT))
+            least = max(1, int(LOWEST * length))
+            found[i] = {
+                "nats": float(-said_T.mean()),
+                "zlib": float(-said_T.sum() / len(zlib.compress(texts[i].encode()))),
+                "min_k": float(np.sort(said_T)[:least].mean()),
+                "min_k_pp": float(np.sort(standard_T)[:least].mean()),
+            }
+    return found
+
+
+def _batches(order: list[int], rows: Sequence[Sequence[int]], vocabulary: int) -> Iterator[list[int]]:
+    """Places of texts of like length, as many at a time as their logits allow."""
+    chosen: list[int] = []
+    for i in order:
+        if chosen and (len(chosen) + 1) * len(rows[i]) * vocabulary > LARGEST:
+            yield chosen
+            chosen = []
+        chosen.append(i)
+    if chosen:
+        yield chosen
+
+
+def rows_of(asking: Asking, form: Form, items: Sequence[Item]) -> list[dict[str, Any]]:
+    """A row for every original (``place`` 0) and variant: what was asked, replied and found, and the ``likelihoods``.
+
+    ``label``: of an original ``right`` or ``wrong``; of a variant ``solved`` (its own answer), ``recited`` (the
+    original's) or ``neither``.
+    """
+    every = [(item, place, one) for item in items for place, one in enumerate(places_of(item))]
+    written = replies(asking, form, [form.asked(one) for *_, one in every])
+    likely = likelihoods(asking, [form.text(one) for *_, one in every])
+    rows = []
+    for (item, place, one), reply, facts in zip(every, written, likely, strict=True):
+        found = found_in(reply, form.kind)
+        own, original = (normal(answer, form.kind) for answer in (one.answer, item.answer))
+        names = ("solved", "recited", "neither") if place else ("right", "wrong", "wrong")
+        label = names[0 if found == own else 1 if found == original else 2]
+        rows.append(
+            {"item": item.item, "place": place, "prompt": one.prompt, "answer": own, "reply": reply, "found": found}
+            | {"label": label, **facts}
+        )
+    return rows

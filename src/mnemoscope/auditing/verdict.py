@@ -1,0 +1,153 @@
+"""Verdicts on items, from what a model did with originals and variants: counts, and texts that are too likely.
+
+A variant is as good as its original to whoever saw neither. So each variant in turn stands for an original that nobody
+was taught, and what the real originals show is held against all of these: no labels are needed, and the share of false
+accusations is the one that is asked for, as far as originals are drawn as variants are.
+
+Shapes: N items, M pseudo-originals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from mnemoscope.statistics import Estimate, mean, proportion
+
+ACCUSED = 0.01  # share of items without contamination that may be accused
+LEAST_P = 1e-12
+LEAST = 3  # variants of an item, to say anything of it
+RIVALS = {"loss": ("nats", -1), "zlib": ("zlib", -1), "min-k": ("min_k", 1), "min-k++": ("min_k_pp", 1)}
+
+
+def evidence(rows: pd.DataFrame, reference: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Of each item what speaks for its being recited, (N,) with ``item`` as its index.
+
+    Args:
+        rows: of ``replies.rows_of``.
+        reference: the same of another model, on the same items and variants: then what is compared is how much less
+            each text costs this one.
+
+    Columns: ``right``; ``variants``, ``solved``, ``recited``, ``neither`` (counts); ``sooner``: how many spreads the
+    original's text costs less than its variants do; ``p_recited``: how probable as many are by chance, as often as a
+    variant is answered with another one's answer, of all items or of this one; ``p_sooner``: share of pseudo-originals
+    that cost as little; ``score``: both together, by Fisher's method; and each rival of ``RIVALS``, higher for the more suspicious.
+    """
+    cost = rows["nats"] if reference is None else rows["nats"] - reference["nats"].to_numpy()
+    rows = rows.assign(cost=cost)
+    spread = _spread(rows)
+    found, pseudo, rates = list[dict[str, Any]](), list[float](), list[tuple[int, int]]()
+    for item, part in rows.groupby("item", sort=False):
+        original, variants = part[part["place"] == 0].iloc[0], part[part["place"] > 0]
+        labels, costs, said = (variants[name].to_numpy() for name in ("label", "cost", "found"))
+        counts = {name: int((labels == name).sum()) for name in ("solved", "recited", "neither")}
+        found.append(
+            {"item": item, "right": original["label"] == "right", "variants": len(variants), **counts}
+            | {"sooner": _sooner(original["cost"], costs, spread)}
+            | {name: sign * original[column] for name, (column, sign) in RIVALS.items()}
+        )
+        answers, hits, tries = variants["answer"].to_numpy(), 0, 0
+        for place, answer in enumerate(answers):
+            pseudo.append(_sooner(costs[place], costs[np.arange(len(costs)) != place], spread))
+            others = answers != answer  # what has the same answer tells nothing
+            hits, tries = hits + int((said[others] == answer).sum()), tries + int(others.sum())
+        rates.append((hits, tries))
+    table, (hits_N, tries_N) = pd.DataFrame(found).set_index("item"), np.array(rates, float).reshape(-1, 2).T
+    by_chance = (1 + hits_N.sum()) / (1 + tries_N.sum())
+    chance_N = np.fmax(by_chance, np.divide(hits_N, tries_N, out=np.zeros_like(hits_N), where=tries_N > 0))
+    table["p_recited"] = stats.binom.sf(table["recited"] - 1, table["variants"], np.minimum(chance_N, 1.0))
+    table["p_sooner"] = [_beyond(np.array(pseudo), value) for value in table["sooner"]]
+    table["score"] = -np.log(np.maximum(table["p_recited"], LEAST_P)) - np.log(table["p_sooner"])
+    return table
+
+
+def verdicts(table: pd.DataFrame, accused: float = ACCUSED) -> pd.DataFrame:
+    """The same with ``verdict`` and the share of variants that were ``solved_share``, with its interval (low, high).
+
+    ``recited``: counts or costs are beyond what a share ``accused`` of clean items would show. Of the rest ``solved``
+    and ``neither``: the interval of what was solved lies above or below a half. ``cannot tell``: it does not, or there
+    are fewer than ``LEAST`` variants.
+    """
+    share = (table["solved"] / table["variants"]).to_numpy(float)
+    ends = [_ends(int(hits), int(n)) for hits, n in zip(table["solved"], table["variants"], strict=True)]
+    low, high = np.array(ends, float).reshape(-1, 2).T
+    beyond = np.minimum(table["p_recited"], table["p_sooner"]) <= accused / 2  # two looks at each item
+    enough = table["variants"] >= LEAST
+    names = np.select(
+        [~enough, beyond, low > 0.5, high < 0.5], ["cannot tell", "recited", "solved", "neither"], "cannot tell"
+    )
+    return table.assign(verdict=names, solved_share=share, low=low, high=high)
+
+
+def summary(table: pd.DataFrame) -> dict[str, Any]:
+    """Of the whole benchmark, from ``verdicts``: accuracies, their difference by item, and what is left of the score."""
+    items = table.index.to_numpy(str)
+    right, solved = table["right"].to_numpy(float), (table["solved"] / table["variants"]).to_numpy(float)
+    recited = (table["verdict"] == "recited").to_numpy()
+    return {
+        "items": len(table),
+        "variants": int(table["variants"].sum()),
+        "verdicts": {name: int((table["verdict"] == name).sum()) for name in VERDICTS},
+        "originals": proportion(right, items),
+        "fresh": mean(solved, items),
+        "inflation": mean(right - solved, items),
+        "without_recited": mean(right * ~recited, items),
+        "accused": table.index[recited].tolist(),
+        "by_chance": ACCUSED * len(table),
+    }
+
+
+VERDICTS = ("recited", "solved", "neither", "cannot tell")
+
+
+def in_words(found: Mapping[str, Any]) -> list[str]:
+    """The sentences of a summary."""
+    counts = found["verdicts"]
+    told = [f"{counts[name]} {name}" for name in VERDICTS if counts[name]]
+    lines = [f"{found['items']} items, {found['variants']} variants: {', '.join(told)}"]
+    lines.append(f"right: {_percent(found['originals'])} of originals, {_percent(found['fresh'])} of fresh variants")
+    lines.append(f"originals minus variants, by item: {_percent(found['inflation'])}")
+    if accused := found["accused"]:
+        left = f"left of the score without what was recited: {_percent(found['without_recited'])}"
+        lines += [left, f"accused: {', '.join(accused)}"]
+    else:
+        each = found["variants"] / max(1, found["items"])
+        lines.append(f"nothing is accused: clean as far as {each:.0f} variants of an item show")
+    lines.append(f"of clean items {found['by_chance']:.1f} would be accused by chance")
+    return lines
+
+
+def _percent(share: Estimate) -> str:
+    ends = "" if math.isnan(share.low) else f" ({100 * share.low:.0f} to {100 * share.high:.0f})"
+    return f"{100 * share.estimate:.0f} %{ends}"
+
+
+def _spread(rows: pd.DataFrame) -> float:
+    """Standard deviation of the variants' costs about the mean of their item."""
+    variants = rows[rows["place"] > 0]
+    within = variants["cost"] - variants.groupby("item")["cost"].transform("mean")
+    degrees = len(variants) - variants["item"].nunique()
+    return math.sqrt(float((within**2).sum()) / degrees) if degrees > 0 else math.nan
+
+
+def _sooner(cost: float, others: np.ndarray, spread: float) -> float:
+    """By how many spreads a text costs less than others, of which there are few."""
+    if not len(others) or not spread > 0:
+        return math.nan
+    return float((others.mean() - cost) / (spread * math.sqrt(1 + 1 / len(others))))
+
+
+def _beyond(chance_M: np.ndarray, value: float) -> float:
+    """Share of pseudo-originals that show at least as much, counted with the item itself."""
+    known_M = chance_M[~np.isnan(chance_M)]
+    return 1.0 if math.isnan(value) else (1 + int((known_M >= value).sum())) / (1 + len(known_M))
+
+
+def _ends(hits: int, n: int) -> tuple[float, float]:
+    """Interval of Clopper & Pearson (1934), by the variants of one item."""
+    return tuple(stats.binomtest(hits, n).proportion_ci()) if n else (math.nan, math.nan)
