@@ -360,7 +360,7 @@ def test_items_of_which_nothing_can_be_said_are_refused(little: Asking, tmp_path
     for items, message in (([], "items: none"), (plain, "has variants"), (plain * 2, "one name")):
         with pytest.raises(InputError, match=message):
             ms.audit(little.model, little.tokenizer, items, tmp_path / "x")
-    numbers = [Item("a", "question land1 ?", "1", (Variant("quiz land1 ?", "2"),))]
+    letters = [Item("a", "question land1 ?", "A", (Variant("quiz land1 ?", "B"),))]  # it answers with towns
     with pytest.raises(InputError, match=r"none is found in 2 of 2 replies, such as"):
-        ms.audit(little.model, little.tokenizer, numbers, tmp_path / "y", sizes={"answers": "number", "tokens": 4})
+        ms.audit(little.model, little.tokenizer, letters, tmp_path / "y", sizes={"answers": "choice", "tokens": 4})
     assert not (tmp_path / "x").exists()

@@ -90,7 +90,7 @@ def items_of(task: Task, variants: int, seed: int) -> list[Item]:
         if bare is None:
             raise InputError(f"items: conflicts of task {task.name!r} have no bare question to stand for the original")
         said = Variant(example.prompt, str(example.generalized))
-        before = found.get(bare.prompt) or Item(example.item, bare.prompt, str(example.memorized))
+        before = found.get(bare.prompt) or Item(bare.prompt, bare.prompt, str(example.memorized))
         if len(before.variants) < variants and said not in before.variants:
             before = Item(before.item, before.prompt, before.answer, (*before.variants, said))
         found[bare.prompt] = before

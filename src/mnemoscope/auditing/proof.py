@@ -42,7 +42,9 @@ class Asked:
     solved: Sequence[tuple[str, Variant]]
 
 
-def prove(asking: Asking, form: Form, items: Sequence[Item], rows: pd.DataFrame, recited: Sequence[str]) -> Any:
+def prove(
+    asking: Asking, form: Form, items: Sequence[Item], rows: pd.DataFrame, recited: Sequence[str]
+) -> dict[str, Any]:
     """Shares that lose their answers under the shift and under controls of equal norm, of both groups.
 
     Args:

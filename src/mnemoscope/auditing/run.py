@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from mnemoscope.auditing.items import Item, named_items
+from mnemoscope.auditing.proof import prove
 from mnemoscope.auditing.replies import Form, rows_of
 from mnemoscope.auditing.verdict import LEAST, evidence, in_words, summary, verdicts
 from mnemoscope.behaviour import PLAIN, Asking, Prompting
@@ -36,7 +37,7 @@ AT_ONCE = 4  # items of a chunk
 SCHEMA = 1
 SHORT = 16  # tokens of a short reply, at most
 MOST_LACKING = 0.5  # share of replies in which no answer is found, from which on nothing can be said
-CHOICES = ("sizes", "prompting", "name", "progress", "opening", "against")
+CHOICES = ("sizes", "prompting", "name", "progress", "opening", "against", "prove")
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ def audit(
             or a task.
         out: the run folder; an interrupted audit continues there.
         choices: ``sizes``, fields of ``AuditConfig``; ``prompting``, the format of prompts; ``name`` of the model on
-            the page; ``progress``; ``opening``, other arguments of ``load_model``; ``against``, the run folder of an audit
-            of another checkpoint on the same items: what counts then is how much less a text costs this one.
+            the page; ``progress``; ``opening``, other arguments of ``load_model``; ``against``, the run folder of an
+            audit of another checkpoint on the same items: what counts then is how much less a text costs this one;
+            ``prove``, True to steer what is accused away from memory (``auditing.proof``).
 
     Raises:
         InputError: an argument cannot be used, items have no variants, or no answer is found in most replies.
@@ -98,7 +100,7 @@ def audit(
         with locked(run.folder, lambda: run.done("frame")), shown(choices.get("progress"), {"asking": 1.0}) as tell:
             rows = run.rows(tell)
             _check_found(rows)
-            return _told(run, rows, config, choices.get("against"))
+            return _told(run, rows, choices)
     finally:
         model.train(training)
 
@@ -167,14 +169,17 @@ class _Run:
         return (self.folder / STAGES / f"{name}.json").is_file()
 
 
-def _told(run: _Run, rows: pd.DataFrame, config: AuditConfig, against: str | Path | None) -> Audit:
+def _told(run: _Run, rows: pd.DataFrame, choices: Mapping[str, Any]) -> Audit:
     """Write results, items and page."""
+    config, against = parse_audit(dict(choices.get("sizes") or {})), choices.get("against")
     reference = _rows_of(Path(against), run.facts["items"]) if against is not None else None
     table = verdicts(evidence(rows, reference), config.accused)
     found = summary(table) | {"model": run.facts["model"], "dtype": run.facts["dtype"], "accused_at": config.accused}
     found |= {"asked": run.facts["form"], "few_variants": int((table["variants"] < LEAST).sum())}
     if reference is not None:
         found["against"] = str(read_json(intact(Path(against or "") / "audit" / "frame.json"), AuditFacts)["model"])
+    if choices.get("prove"):
+        found["proof"] = _proof(run, rows, found["accused"])
     texts = rows[rows["place"] == 0].set_index("item")[["prompt", "answer", "reply"]]
     files = [
         write_atomically(run.folder / "items.csv", lambda path: table.join(texts).to_csv(path)),
@@ -183,6 +188,13 @@ def _told(run: _Run, rows: pd.DataFrame, config: AuditConfig, against: str | Pat
     write_marker(run.folder, "report", files)
     build_audit(run.out, rows)
     return Audit(run.out, table, found)
+
+
+def _proof(run: _Run, rows: pd.DataFrame, accused: Sequence[str]) -> dict[str, Any]:
+    try:
+        return prove(run.asking, run.form, run.items, rows, accused)
+    except InputError as error:
+        return {"left_out": str(error)}
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:

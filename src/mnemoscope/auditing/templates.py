@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +20,23 @@ import numpy as np
 from mnemoscope.auditing.expressions import Expression, Steps
 from mnemoscope.auditing.items import Item, Variant
 from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.yaml import parse_yaml
 
 PLACE = re.compile(r"\{\s*([A-Za-z_]\w*)\s*,([^{}]*)\}")  # a name and its value in the original
 PART = re.compile(r"^#(init|conditions|answer):", re.MULTILINE)
 LARGEST = 100_000  # bytes of a file
 TRIES = 200_000  # draws for one variant, at most
-COMPUTED = re.compile(r"<<[^<>]*>>")  # a calculator's notes in GSM8K's solutions
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
-NUMBERS += "sixteen seventeen eighteen nineteen twenty twenty-one twenty-two".split()
+WORDS: dict[str, Any] = parse_yaml((resources.files(__package__) / "lists.yaml").read_text(), "lists")
+NUMBERS, SHARES = WORDS["numbers"], {words: Fraction(share) for words, share in WORDS["shares"].items()}
 TIMES = {"twice": 2, "thrice": 3, **{f"{word} times": n for n, word in enumerate(NUMBERS[3:11], 3)}}
-PARTS = {"half": (1, 2), "one third": (1, 3), "two thirds": (2, 3), "one quarter": (1, 4), "three quarters": (3, 4)}
-PARTS |= {"one fifth": (1, 5), "two fifths": (2, 5), "one sixth": (1, 6), "one tenth": (1, 10)}
 LISTS: dict[str, list[Any]] = {
-    "names_male": "Aaron Boris Carlos David Edgar Felix Gordon Hassan Ivan Jonas Kofi Liam Marco Nils Omar Pedro".split(),
-    "names_female": "Alice Bella Clara Diana Elena Fatima Grace Hanna Ines Julia Karin Leila Maria Nora Olga".split(),
-    "sports": "swimming tennis football basketball cycling rowing skating".split(),
-    "colors": "red blue green yellow purple orange white".split(),
-    "fruits": "apple pear peach mango plum banana".split(),
-    "cities": ["Lisbon", "Oslo", "Nairobi", "Lima", "Chicago", "Hanoi"],
-    "weekdays": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
-    "currencies_sym": ["$", "€", "£"],
-    "weights_sm": ["ounce", "gram"],
-    "length_lg": ["mile", "kilometer", "yard"],
-    "fractions": [Fraction(*parts) for parts in PARTS.values()],
-    "fraction_alnum": [[words, Fraction(*parts)] for words, parts in PARTS.items()],
+    **{name: words for name, words in WORDS.items() if isinstance(words, list)},
+    "names": WORDS["names_male"] + WORDS["names_female"],
+    "fractions": list(SHARES.values()),
+    "fraction_alnum": [[words, share] for words, share in SHARES.items()],
     "multi_times": [[words, Fraction(times)] for words, times in TIMES.items()],
     "numbers": [[words, Fraction(n)] for n, words in enumerate(NUMBERS)],
 }
-LISTS["names"] = LISTS["names_male"] + LISTS["names_female"]
 
 
 @dataclass(frozen=True)

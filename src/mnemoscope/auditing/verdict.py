@@ -112,14 +112,28 @@ def in_words(found: Mapping[str, Any]) -> list[str]:
     lines = [f"{found['items']} items, {found['variants']} variants: {', '.join(told)}"]
     lines.append(f"right: {_percent(found['originals'])} of originals, {_percent(found['fresh'])} of fresh variants")
     lines.append(f"originals minus variants, by item: {_percent(found['inflation'])}")
+    if not found["originals"].estimate:
+        lines.append("no original is answered right: there is no score to inflate")
     if accused := found["accused"]:
         left = f"left of the score without what was recited: {_percent(found['without_recited'])}"
         lines += [left, f"accused: {', '.join(accused)}"]
     else:
         each = found["variants"] / max(1, found["items"])
         lines.append(f"nothing is accused: clean as far as {each:.0f} variants of an item show")
+    lines += [proven(found["proof"])] if "proof" in found else []
     lines.append(f"of clean items {found['by_chance']:.1f} would be accused by chance")
     return lines
+
+
+def proven(proof: Mapping[str, Any]) -> str:
+    """What steering did, in a sentence."""
+    if "left_out" in proof:
+        return f"not proven by steering: {proof['left_out']}"
+    told = {name: _percent(share) for name, share in proof.items()}
+    return (
+        f"steered away from memory, {told['shift_recited']} of recited originals and {told['shift_solved']} of solved "
+        f"variants lose their answers; by random shifts of that norm {told['control_recited']} and {told['control_solved']}"
+    )
 
 
 def _percent(share: Estimate) -> str:

@@ -33,6 +33,9 @@ def audit(
     form: Annotated[str, typer.Option(help=_FORM)] = "{prompt}",
     tokens: Annotated[int, typer.Option(min=1, help="Of a reply, at most.")] = 256,
     against: Annotated[Path | None, typer.Option(help=_AGAINST)] = None,
+    prove: Annotated[
+        bool, typer.Option("--prove", help="Steer what is accused away from memory, beside controls.")
+    ] = False,
 ) -> None:
     """Find out which items of a benchmark a checkpoint recites, and which it solves."""
     from mnemoscope.cli.shared import options
@@ -42,7 +45,7 @@ def audit(
     parse_audit(sizes)
     named = _named(items, options(option), seed)
     asked: dict[str, Any] = {"sizes": sizes, "prompting": formatted(how), "name": model, "progress": not how.as_json}
-    found = ms.audit(model, None, named, out, opening=opening(model, how), against=against, **asked)
+    found = ms.audit(model, None, named, out, opening=opening(model, how), against=against, prove=prove, **asked)
     page = out / "audit.html"
     say(how.as_json, f"{found}\n{page}", run=out, page=page, results=out / "audit" / "results.json")
 

@@ -66,6 +66,13 @@ def _sentences(results: Part) -> list[str]:
         f"{results.by_chance:.1f} would be accused by chance. That holds where originals are drawn as variants are: an "
         "original with rounder numbers or commoner names is likelier to any model."
     )
+    if "proof" in results and "left_out" not in results.proof:
+        proof = {name: ranged(share) for name, share in results.proof.items()}
+        lines.append(
+            f"Steered away from memory, {proof['shift_recited']} of recited originals and {proof['shift_solved']} of "
+            f"solved variants lose their answers; by random shifts of the same norm {proof['control_recited']} and "
+            f"{proof['control_solved']}. That is evidence for the group, not for an item."
+        )
     return [*lines, *([f"{count(few, 'item')} have too few variants to tell."] if few else [])]
 
 
