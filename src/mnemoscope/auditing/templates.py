@@ -149,11 +149,15 @@ class Template:
                 found = draw.one(rng)
                 values |= dict(zip(names, found if len(names) > 1 else [found], strict=True))
             if all(condition(values) for condition in self.conditions):
-                answer, prompt = _shown(self.answer(values)), PLACE.sub(lambda at: _said(values[at[1]]), self.text)
+                said = {name: _said(value) for name, value in values.items()}
+                answer, prompt = _shown(self.answer(values)), self._worded(said)
                 if answer != self.stated[1] and prompt not in taken:
                     taken.add(prompt)
                     return Variant(prompt, answer)
         raise InputError(f"items: {self.name}: no numbers of {TRIES} draws meet its conditions")
+
+    def _worded(self, said: Mapping[str, str]) -> str:
+        return PLACE.sub(lambda at: said[at[1]], self.text)
 
     def item(self, variants: int, seed: int) -> Item:
         """The original with so many variants, drawn by a seed."""

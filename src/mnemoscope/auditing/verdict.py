@@ -36,7 +36,8 @@ def evidence(rows: pd.DataFrame, reference: pd.DataFrame | None = None) -> pd.Da
     Columns: ``right``; ``variants``, ``solved``, ``recited``, ``neither`` (counts); ``sooner``: how many spreads the
     original's text costs less than its variants do; ``p_recited``: how probable as many are by chance, as often as a
     variant is answered with another one's answer, of all items or of this one; ``p_sooner``: share of pseudo-originals
-    that cost as little; ``score``: both together, by Fisher's method; and each rival of ``RIVALS``, higher for the more suspicious.
+    that cost as little; ``score``: both together, by Fisher's method; and each rival of ``RIVALS``,
+    higher for the more suspicious.
     """
     cost = rows["nats"] if reference is None else rows["nats"] - reference["nats"].to_numpy()
     rows = rows.assign(cost=cost)
@@ -85,7 +86,7 @@ def verdicts(table: pd.DataFrame, accused: float = ACCUSED) -> pd.DataFrame:
 
 
 def summary(table: pd.DataFrame) -> dict[str, Any]:
-    """Of the whole benchmark, from ``verdicts``: accuracies, their difference by item, and what is left of the score."""
+    """Of the whole benchmark, from ``verdicts``: accuracies, their difference by item, what is left of the score."""
     items = table.index.to_numpy(str)
     right, solved = table["right"].to_numpy(float), (table["solved"] / table["variants"]).to_numpy(float)
     recited = (table["verdict"] == "recited").to_numpy()
