@@ -30,13 +30,13 @@ from mnemoscope.runs.errors import InputError
 from public_data import data_folder
 
 TEMPLATE = '''
-question = "Ann has 12 figs and buys twice as many. She gives 1/2 of all to Bob. How many are left?"
+question = "Ann has 12 figs and buys twice as many. She gives 1/2 of all to Bob. How many now?"
 answer = """
 12 * 2 = <<12*2=24>>24
 #### 18
 """
 question_annotated = """
-{name,Ann} has {n,12} figs and buys {times_txt,twice} as many. {p,She} gives {part,1/2} of all to Bob. How many are left?
+{name,Ann} has {n,12} figs and buys {times_txt,twice} as many. {p,She} gives {part,1/2} of all to Bob. How many now?
 
 #init:
 - name, p = sample([("Ann", "She"), ("Carl", "He")])
@@ -67,8 +67,10 @@ def template(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1/3 + 1/6", Fraction(1, 2)), ("7 // 2 * 2", 6), ("2 < 3 < 4", True), ("0.1 + 0.2 == 0.3", True)]
-    + [("divides(12, 4) and not is_int(1/2)", True), ("round(2.5)", 2), ("3**2 - int(7/2)", 6), ("-5 % 3", 1)],
+    [
+        *(("1/3 + 1/6", Fraction(1, 2)), ("7 // 2 * 2", 6), ("2 < 3 < 4", True), ("0.1 + 0.2 == 0.3", True)),
+        *(("divides(12, 4) and not is_int(1/2)", True), ("round(2.5)", 2), ("3**2 - int(7/2)", 6), ("-5 % 3", 1)),
+    ],
 )
 def test_expressions_are_exact(text: str, value: Any) -> None:
     assert Expression(text)() == value
@@ -76,9 +78,11 @@ def test_expressions_are_exact(text: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["__import__('os').system('true')", "().__class__", "'a' * 10", "'%99d' % 1", "[x for x in [1]]", "lambda: 1"]
-    + ["9**9**9", "10**12 * 10**12 * 10**12", "f'{1}'", "x := 1", "open('x')", "1 +", "[1][0]", "(" * 3000]
-    + ["n.real", "print(1)", "1 << 3", "1j", "1/0", "{1: 2}", "exec('1')", "1 +" * 900 + "1"],
+    [
+        *("__import__('os').system('true')", "().__class__", "'a' * 10", "'%99d' % 1", "[x for x in [1]]", "lambda: 1"),
+        *("9**9**9", "10**12 * 10**12 * 10**12", "f'{1}'", "x := 1", "open('x')", "1 +", "[1][0]", "(" * 3000),
+        *("n.real", "print(1)", "1 << 3", "1j", "1/0", "{1: 2}", "exec('1')", "1 +" * 900 + "1"),
+    ],
 )
 def test_a_hostile_expression_executes_nothing_and_is_refused_in_a_line(text: str) -> None:
     with pytest.raises(InputError, match="expression"):

@@ -133,7 +133,8 @@ def proven(proof: Mapping[str, Any]) -> str:
     told = {name: _percent(share) for name, share in proof.items()}
     return (
         f"steered away from memory, {told['shift_recited']} of recited originals and {told['shift_solved']} of solved "
-        f"variants lose their answers; by random shifts of that norm {told['control_recited']} and {told['control_solved']}"
+        f"variants lose their answers; by random shifts of that norm {told['control_recited']} and "
+        f"{told['control_solved']}"
     )
 
 

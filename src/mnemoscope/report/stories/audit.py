@@ -17,9 +17,9 @@ from mnemoscope.runs.files import write_atomically
 from mnemoscope.runs.strict import read_json
 
 TITLE, MOST = "Recited or solved?", 12  # items whose replies are shown
-LEAD = """An item is asked as it was published, and in fresh variants whose right answers are known. Who answers a variant
-with the original's answer recited it; who gives the variant's own answer solved it. A text that costs the model
-much less than its variants was read before."""
+LEAD = """An item is asked as it was published, and in fresh variants whose right answers are known. Who answers a
+variant with the original's answer recited it; who gives the variant's own answer solved it. A text that costs the
+model much less than its variants was read before."""
 COLOURS = {"recited": COLOUR["memorized"], "solved": COLOUR["generalized"], "neither": MUTED, "cannot tell": RULE}
 
 
@@ -42,7 +42,8 @@ def _facts(results: Part) -> str:
     asked, beside = results.asked, f", costs against {results.against}" if "against" in results else ""
     kind = {"number": "the last number", "choice": "the last letter", "short": "the first phrase"}[asked.kind]
     return (
-        f"{count(results['items'], 'item')} with {count(results.variants, 'variant')}, weights in {results.dtype}{beside}. "
+        f"{count(results['items'], 'item')} with {count(results.variants, 'variant')}, "
+        f"weights in {results.dtype}{beside}. "
         f"The answer of a reply is {kind}; replies have at most {asked.tokens} tokens."
     )
 
