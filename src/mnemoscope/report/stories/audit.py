@@ -20,7 +20,7 @@ TITLE, MOST = "Recited or solved?", 12  # items whose replies are shown
 LEAD = """An item is asked as it was published, and in fresh variants whose right answers are known. Who answers a
 variant with the original's answer recited it; who gives the variant's own answer solved it. A text that costs the
 model much less than its variants was read before."""
-COLOURS = {"recited": COLOUR["memorized"], "solved": COLOUR["generalized"], "neither": MUTED, "cannot tell": RULE}
+COLOURS = {"recited": COLOUR["memorized"], "solved": COLOUR["generalized"], "neither": INK, "cannot tell": MUTED}
 
 
 def build_audit(run: Path, rows: pd.DataFrame) -> Path:
@@ -54,7 +54,7 @@ def _sentences(results: Part) -> list[str]:
     told = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
     lines = [
         f"{told}. Right are {ranged(results.originals)} of originals and {ranged(results.fresh)} of fresh variants: "
-        f"by item originals are {_points(results.inflation)} above.",
+        f"originals minus variants, by item, {_points(results.inflation)}.",
     ]
     if results.accused:
         left = ranged(results.without_recited)
