@@ -17,7 +17,7 @@ from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric
 from inspect_ai.solver import TaskState, generate
 
 from mnemoscope.auditing.answers import Kind, found_in, normal
-from mnemoscope.auditing.items import named_items
+from mnemoscope.auditing.named import named_items
 from mnemoscope.auditing.replies import Form, places_of
 
 

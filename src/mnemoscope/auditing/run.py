@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from mnemoscope.auditing.items import Item, named_items
+from mnemoscope.auditing.items import Item
+from mnemoscope.auditing.named import named_items
 from mnemoscope.auditing.proof import prove
 from mnemoscope.auditing.replies import Form, rows_of
 from mnemoscope.auditing.verdict import LEAST, evidence, in_words, summary, verdicts

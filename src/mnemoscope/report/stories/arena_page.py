@@ -179,19 +179,11 @@ def _answers(results: Part, toward: str) -> Table:
         controls = found.get("controls", {})
         beside = " / ".join(percent(controls[one].estimate) if one in controls else DASH for one in CONTROLS)
         shares = [found[share].estimate for share in ("opposite", "neither", *LISTS)]
-        rows.append(
-            [
-                *(name, _fits(results, name), *map(_ranged, (found.exact, found.said, found.wanted)), beside),
-                *map(_share, shares),
-            ]
-        )
+        said = map(_ranged, (found.exact, found.said, found.wanted))
+        rows.append([name, _fits(results, name), *said, beside, *map(_share, shares)])
     columns = ["method", "fits", "exact answer", "text names it first", "answer that begins so"]
-    columns += [
-        f"controls: {' / '.join(CONTROLS.values())}",
-        "other answer",
-        "neither",
-        *(f"{words} kept" for words in LISTS.values()),
-    ]
+    columns += [f"controls: {' / '.join(CONTROLS.values())}", "other answer", "neither"]
+    columns += [f"{words} kept" for words in LISTS.values()]
     return Table(f"{TITLES[toward]}: answers", columns, rows)
 
 
