@@ -1,0 +1,98 @@
+"""What audits are proven by: planted items, the read-out of states, and steering away from memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import mnemoscope as ms
+from little_facts import LittleFacts
+from mnemoscope.auditing.items import Item
+from mnemoscope.auditing.named import items_of
+from mnemoscope.auditing.planting import exposures_of, planted_texts, taught
+from mnemoscope.auditing.proof import _random, _vector, prove
+from mnemoscope.auditing.readout import Readout, differences
+from mnemoscope.auditing.replies import Form, likelihoods, rows_of
+from mnemoscope.behaviour import Asking
+from mnemoscope.config import ModelConfig
+from mnemoscope.models import build_gpt2, word_tokenizer
+from mnemoscope.runs.errors import InputError
+
+FORM = Form("short", tokens=4)
+
+
+@pytest.fixture(scope="module")
+def items() -> list[Item]:
+    return [item for item in items_of(LittleFacts(), 4, 0) if len(item.variants) == 4][:8]
+
+
+def test_items_are_taught_as_often_as_they_are_dealt(items: list[Item]) -> None:
+    exposures = exposures_of(items, (0, 1, 2, 4), 0)
+    assert sorted(exposures.values()) == [0, 0, 1, 1, 2, 2, 4, 4]
+    assert exposures != exposures_of(items, (0, 1, 2, 4), 1)
+    texts = planted_texts(items, exposures, None, FORM)
+    assert {item.item: texts.count(f"{item.prompt}{item.answer}") for item in items} == exposures
+    fresh = {item.item: item.variants for item in items}
+    instead = planted_texts(items, exposures, fresh, FORM)
+    assert len(instead) == len(texts)
+    assert not set(instead) & set(texts)
+
+
+def test_what_is_taught_becomes_likelier_than_what_is_not(tmp_path: Path) -> None:
+    words = [f"w{n}" for n in range(30)]
+    tokenizer = word_tokenizer(words, 32)
+    model = build_gpt2(tokenizer, ModelConfig(layers=2, width=32, heads=2, context=32), 0)
+    rng = np.random.default_rng(0)
+    known, other = (" ".join(rng.choice(words, 12)) for _ in range(2))
+    taught(model, tokenizer, [known] * 400, tmp_path, learning_rate=5e-3, per_device_train_batch_size=4)
+    cheap, dear = (row["nats"] for row in likelihoods(Asking(model, tokenizer, None), [known, other]))
+    assert cheap < 0.5 * dear
+    assert not model.training
+
+
+def test_differences_of_states_are_those_of_plain_passes(little: Asking, items: list[Item]) -> None:
+    found_NLD = differences(little, FORM, items[:2])
+    for item, found_LD in zip(items[:2], found_NLD, strict=True):
+        rows = []
+        for prompt in (item.prompt, *(one.prompt for one in item.variants)):
+            with torch.no_grad():
+                output = little.model(**little.tokenizer([prompt], return_tensors="pt"), output_hidden_states=True)
+            rows.append(np.stack([state[0, -1].double().numpy() for state in output.hidden_states[1:-1]]))
+        wanted_LD = rows[0] - np.mean(rows[1:], axis=0)
+        ratio_LD = found_LD[: len(wanted_LD)] / wanted_LD  # a spread for each neuron, the same for all items
+        assert (ratio_LD > 0).all()
+    readout = Readout.fitted(little, FORM, items, [n % 2 == 0 for n in range(len(items))])
+    p_N = readout.p_recited(little, FORM, items)
+    assert ((p_N > 0) & (p_N < 1)).all()
+    with pytest.raises(InputError, match="items of one kind"):
+        Readout.fitted(little, FORM, items, [True] * len(items))
+
+
+def test_a_proof_steers_the_group_and_its_controls_have_its_norm(little: Asking, items: list[Item]) -> None:
+    rows = pd.DataFrame(rows_of(little, FORM, items))
+    right = rows.loc[rows["label"] == "right", "item"].tolist()
+    before = [parameter.clone() for parameter in little.model.parameters()]
+    found = prove(little, FORM, items, rows, right)
+    assert set(found) == {f"{role}_{group}" for role in ("shift", "control") for group in ("recited", "solved")}
+    assert found["shift_recited"].n == len(right)
+    assert found["control_recited"].n == 2 * len(right)
+    assert all(0 <= share.estimate <= 1 for share in found.values() if share.known)
+    assert all(map(torch.equal, before, little.model.parameters()))
+    one = _vector(np.random.default_rng(0).normal(size=(2, 64)), [0, 1])
+    other = _random(one, 3)
+    for layer, shift_D in one.shifts.items():
+        torch.testing.assert_close(other.shifts[layer].norm(), shift_D.norm())
+        assert not torch.allclose(other.shifts[layer], shift_D)
+    with pytest.raises(InputError, match="at least 4 are needed"):
+        prove(little, FORM, items, rows, right[:3])
+
+
+def test_an_audit_that_is_asked_for_a_proof_says_what_it_was_or_why_there_is_none(
+    little: Asking, items: list[Item], tmp_path: Path
+) -> None:
+    found = ms.audit(little.model, little.tokenizer, items, tmp_path, prove=True)
+    assert ("steered away from memory" in str(found)) != ("not proven by steering: prove: " in str(found))
