@@ -329,7 +329,7 @@ def test_the_command_runs_an_arena_and_rebuilds_its_page(little: Asking, shared_
     Path(found["page"]).unlink()
     again = CliRunner().invoke(app, ["report", out, "--beside", out, "--json"])
     assert again.exit_code == 0, again.output
-    assert Path(found["page"]).read_text().count("<svg") == 4
+    assert Path(found["page"]).read_text().count("<svg") == 6
     refused = CliRunner().invoke(app, [*command[:6], "--method", "cda"])
     assert refused.exit_code == 2
     assert refused.stderr.startswith("error: methods: 'cda' is not one of cad, gradient")
