@@ -23,12 +23,17 @@ def found_in(reply: str, kind: Kind) -> str | None:
     """
     if kind == "short":
         return normal(phrase_of(reply), kind) or None
-    stated = next((lines[-1] for pattern in STATED if (lines := pattern.findall(reply))), None)
-    for text in (stated, reply) if stated is not None else (reply,):
+    told = next((lines[-1] for pattern in STATED if (lines := pattern.findall(reply))), None)
+    for text in (told, reply) if told is not None else (reply,):
         parts = NUMBER.findall(text) if kind == "number" else ["".join(two) for two in CHOICE.findall(text)]
         if parts:
             return normal(parts[-1], kind)
     return None
+
+
+def stated(answer: str, kind: Kind) -> str:
+    """A right answer as it would be found: "18 dollars" is 18."""
+    return found_in(answer, kind) or normal(answer, kind)
 
 
 def normal(answer: str, kind: Kind) -> str:

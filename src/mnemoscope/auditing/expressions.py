@@ -13,6 +13,7 @@ from typing import Any, overload
 
 from mnemoscope.runs.errors import InputError
 
+LONGEST_RANGE = 10**7
 LONGEST, LARGEST, HIGHEST = 2_000, 10**30, 12  # characters of an expression, a number's parts, an exponent
 REFUSED = (ast.Attribute, ast.Subscript, ast.JoinedStr, ast.FormattedValue, ast.Slice)
 
@@ -25,6 +26,8 @@ class Steps(Sequence[Fraction]):
         if step <= 0:
             raise InputError(f"step: {step}; allowed is a number above 0")
         self.step, self._length = step, max(0, -int((self.start - stop) // step))
+        if self._length > LONGEST_RANGE:
+            raise InputError(f"range: {self._length} numbers; allowed are {LONGEST_RANGE}")
 
     def __len__(self) -> int:
         return self._length

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mnemoscope.auditing.answers import found_in, normal
+from mnemoscope.auditing.answers import found_in, stated
 from mnemoscope.auditing.items import Item, Variant
 from mnemoscope.auditing.replies import Form, replies
 from mnemoscope.behaviour import Asking, read_states
@@ -131,7 +131,7 @@ def _lost(
     with one.apply(asking.model):
         written = replies(asking, form, [form.asked(variant) for _, variant in of]) if of else []
     return [
-        (item, float(found_in(reply, form.kind) != normal(variant.answer, form.kind)))
+        (item, float(found_in(reply, form.kind) != stated(variant.answer, form.kind)))
         for (item, variant), reply in zip(of, written, strict=True)
     ]
 

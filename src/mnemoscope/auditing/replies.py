@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mnemoscope.auditing.answers import Kind, found_in, normal
+from mnemoscope.auditing.answers import Kind, found_in, stated
 from mnemoscope.auditing.items import Item, Variant
 from mnemoscope.behaviour import Asking, continued, left_padded
 from mnemoscope.models import context_length, pass_inputs
@@ -129,7 +129,7 @@ def rows_of(asking: Asking, form: Form, items: Sequence[Item]) -> list[dict[str,
     rows = []
     for (item, place, one), reply, facts in zip(every, written, likely, strict=True):
         found = found_in(reply, form.kind)
-        own, original = (normal(answer, form.kind) for answer in (one.answer, item.answer))
+        own, original = (stated(answer, form.kind) for answer in (one.answer, item.answer))
         names = ("solved", "recited", "neither") if place else ("right", "wrong", "wrong")
         label = names[0 if found == own else 1 if found == original else 2]
         rows.append(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from mnemoscope.auditing.answers import stated
 from mnemoscope.auditing.items import Item
 from mnemoscope.auditing.named import named_items
 from mnemoscope.auditing.proof import prove
@@ -86,8 +87,8 @@ def audit(
             raise InputError(f"{choice}: audit has no such argument; it has {', '.join(CHOICES)}")
     config = parse_audit(dict(choices.get("sizes") or {}))
     found = named_items(items, config.variants, config.seed) if items is not None else []
-    _check(found)
     form = _form(config, items)
+    _check(found, form)
     name = choices.get("name") or (Path(str(model)).name if isinstance(model, str | Path) else type(model).__name__)
     if isinstance(model, str | Path):
         model, tokenizer = load_model(model, **(choices.get("opening") or {}))
@@ -106,7 +107,7 @@ def audit(
         model.train(training)
 
 
-def _check(items: Sequence[Item]) -> None:
+def _check(items: Sequence[Item], form: Form) -> None:
     if not items:
         raise InputError("items: none; give a file of rows, a folder of templates, a task, or Item objects")
     if len({item.item for item in items}) < len(items):
@@ -114,6 +115,12 @@ def _check(items: Sequence[Item]) -> None:
     if all(not item.variants for item in items):
         what = "costs and completion alone could be told, and whether an item was recited could not"
         raise InputError(f"items: none of {len(items)} has variants, so {what}; add variants to each")
+    for item in items:
+        original = stated(item.answer, form.kind)
+        if same := next((one for one in item.variants if stated(one.answer, form.kind) == original), None):
+            raise InputError(
+                f"items: a variant of {item.item!r} has the original's answer: {same.answer!r} is {original}"
+            )
 
 
 def _form(config: AuditConfig, items: Any) -> Form:
@@ -174,6 +181,8 @@ def _told(run: _Run, rows: pd.DataFrame, choices: Mapping[str, Any]) -> Audit:
     """Write results, items and page."""
     config, against = parse_audit(dict(choices.get("sizes") or {})), choices.get("against")
     reference = _rows_of(Path(against), run.facts["items"]) if against is not None else None
+    if reference is not None and len(reference) != len(rows):
+        raise InputError(f"against: the audit in {against} is not finished; run it again")
     table = verdicts(evidence(rows, reference), config.accused)
     found = summary(table) | {"model": run.facts["model"], "dtype": run.facts["dtype"], "accused_at": config.accused}
     found |= {"asked": run.facts["form"], "few_variants": int((table["variants"] < LEAST).sum())}

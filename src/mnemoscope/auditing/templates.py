@@ -25,7 +25,8 @@ from mnemoscope.runs.yaml import parse_yaml
 PLACE = re.compile(r"\{\s*([A-Za-z_]\w*)\s*,([^{}]*)\}")  # a name and its value in the original
 PART = re.compile(r"^#(init|conditions|answer):", re.MULTILINE)
 LARGEST = 100_000  # bytes of a file
-TRIES = 200_000  # draws for one variant, at most
+MOST = 1_000  # numbers in a list
+TRIES = 50_000  # draws for one variant, at most
 WORDS: dict[str, Any] = parse_yaml((resources.files(__package__) / "lists.yaml").read_text(), "lists")
 NUMBERS, SHARES = WORDS["numbers"], {words: Fraction(share) for words, share in WORDS["shares"].items()}
 TIMES = {"twice": 2, "thrice": 3, **{f"{word} times": n for n, word in enumerate(NUMBERS[3:11], 3)}}
@@ -75,7 +76,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "sample_sequential": lambda options, count: Draw(list(options), int(count), in_order=True),
     "range": Steps,
     "arange": Steps,
-    "range_list": lambda *ends: list(Steps(*ends)),
+    "range_list": lambda *ends: list(Steps(*ends)[:MOST]),
     "range_str": _words,
 }
 
@@ -148,13 +149,21 @@ class Template:
             for names, draw in self.drawn:
                 found = draw.one(rng)
                 values |= dict(zip(names, found if len(names) > 1 else [found], strict=True))
-            if all(condition(values) for condition in self.conditions):
+            if self._is_met(values):
                 said = {name: _said(value) for name, value in values.items()}
                 answer, prompt = _shown(self.answer(values)), self._worded(said)
                 if answer != self.stated[1] and prompt not in taken:
                     taken.add(prompt)
                     return Variant(prompt, answer)
         raise InputError(f"items: {self.name}: no numbers of {TRIES} draws meet its conditions")
+
+    def _is_met(self, values: Mapping[str, Any]) -> bool:
+        try:
+            return all(condition(values) for condition in self.conditions)
+        except InputError as error:
+            if isinstance(error.__cause__, ZeroDivisionError):  # of these values
+                return False
+            raise
 
     def _worded(self, said: Mapping[str, str]) -> str:
         return PLACE.sub(lambda at: said[at[1]], self.text)
@@ -167,7 +176,8 @@ class Template:
 
 def read_templates(folder: Path, variants: int, seed: int) -> list[Item]:
     """The items of a folder of templates; InputError where it has none."""
-    paths = sorted(path for path in folder.rglob("*.toml") if "question_annotated" in path.read_text()[:LARGEST])
+    small = (path for path in folder.rglob("*.toml") if path.stat().st_size <= LARGEST)
+    paths = sorted(path for path in small if b"question_annotated" in path.read_bytes())
     if not paths:
         raise InputError(f"items: {folder} holds no template (a TOML file with question_annotated)")
     return [Template.read(path).item(variants, seed) for path in paths]
