@@ -29,7 +29,7 @@ from mnemoscope.auditing.replies import Form
 from mnemoscope.behaviour import Asking
 from mnemoscope.runs.errors import InputError
 
-NAMES = ["Alice", "Boris", "Clara", "David", "Elena", "Felix", "Grace", "Hassan", "Ines", "Jonas", "Karin", "Liam"]
+NAMES = ["Alice", "Boris", "Clara", "David", "Elena", "Felix", "Grace", "Hassan", "Irma", "Jonas", "Karin", "Liam"]
 NAMES += ["Maria", "Nils", "Olga", "Pedro", "Rosa", "Sven", "Tara", "Umar", "Vera", "Walter", "Xenia", "Yusuf", "Zoe"]
 THINGS = ["apples", "books", "candles", "coins", "cups", "feathers", "figs", "flowers", "hats", "keys", "lamps", "maps"]
 THINGS += ["marbles", "nails", "nuts", "olives", "pens", "plates", "ropes", "shells", "shirts", "spoons", "stamps"]
