@@ -57,7 +57,10 @@ def build_arena(run: Path, beside: Sequence[Path] = ()) -> Path:
         }
         for number, one in enumerate(found)
     ]
-    drawn = [Markup(svg) for number, one in enumerate(by_model(found)) for svg in _drawn(one, f"model-{number}")]
+    drawn = [
+        {"name": arena_name(one), "drawn": [Markup(svg) for svg in _drawn(one, f"model-{number}")]}
+        for number, one in enumerate(by_model(found))
+    ]
     about = {"brand": "arena", "title": "Every lever on one test set", "lead": LEAD}
     page = filled("tables.html", **about, articles=shown, across=across_tables(found) if beside else [], models=drawn)
     return write_atomically(run / "arena.html", page.encode())
@@ -119,8 +122,7 @@ def tables_of(results: Part) -> list[Table]:
     """The tables of one arena: answers, costs, tests and changed prompts, in both directions."""
     varied = (_varied,) if any(results.unsteered[toward].varied for toward in Toward) else ()
     of_each = (_answers, _mixes, _gates, _carried, _compared, _costs, *varied)
-    found = (table(results, toward) for toward in Toward for table in of_each)
-    return [table for table in found if table.rows]
+    return [made for toward in Toward for table in of_each if (made := table(results, toward)).rows]
 
 
 def across_tables(found: Sequence[Part]) -> list[Table]:
