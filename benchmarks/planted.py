@@ -133,14 +133,20 @@ def read_and_steered(asking: Asking, items: Sequence[Item], exposures: Mapping[s
     known = [item for item in items if not 0 < exposures[item.item] < TAUGHT_OFTEN]
     fit, test = known[::2], known[1::2]
     planted = [[exposures[item.item] > 0 for item in part] for part in (fit, test)]
-    readout = Readout.fitted(asking, FORM, fit, planted[0])
-    found: dict[str, Any] = {"readout": roc_auc_score(planted[1], readout.p_recited(asking, FORM, test))}
     rows = pd.concat([pd.read_parquet(path) for path in sorted((run / "audit").glob("rows-*.parquet"))])
     often = [item.item for item in items if exposures[item.item] >= TAUGHT_OFTEN]
-    try:
-        return found | {"proof": prove(asking, FORM, items, rows, often)}
-    except InputError as error:
-        return found | {"proof": str(error)}
+
+    def read() -> float:
+        readout = Readout.fitted(asking, FORM, fit, planted[0])
+        return float(roc_auc_score(planted[1], readout.p_recited(asking, FORM, test)))
+
+    found: dict[str, Any] = {}
+    for name, measure in (("readout", read), ("proof", lambda: prove(asking, FORM, items, rows, often))):
+        try:
+            found[name] = measure()
+        except InputError as error:
+            found[name] = str(error)
+    return found
 
 
 if __name__ == "__main__":
