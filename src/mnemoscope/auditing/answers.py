@@ -36,6 +36,13 @@ def stated(answer: str, kind: Kind) -> str:
     return found_in(answer, kind) or normal(answer, kind)
 
 
+def label_of(found: str | None, own: str, original: str, place: int) -> str:
+    """``right`` or ``wrong`` of an original (place 0); of a variant ``solved``, ``recited`` or ``neither``."""
+    if not place:
+        return "right" if found == own else "wrong"
+    return "solved" if found == own else "recited" if found == original else "neither"
+
+
 def normal(answer: str, kind: Kind) -> str:
     """An answer in the form in which two are compared: a number by its value, words in lower case."""
     text = answer.strip()

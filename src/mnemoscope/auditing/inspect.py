@@ -16,7 +16,7 @@ from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric, scorer
 from inspect_ai.solver import TaskState, generate
 
-from mnemoscope.auditing.answers import Kind, found_in, stated
+from mnemoscope.auditing.answers import Kind, found_in, label_of, stated
 from mnemoscope.auditing.named import named_items
 from mnemoscope.auditing.replies import Form, places_of
 
@@ -63,10 +63,7 @@ def behaviour(kind: Kind = "short") -> Scorer:
     async def score(state: TaskState, target: Target) -> Score:
         about: dict[str, Any] = state.metadata
         found, own = found_in(state.output.completion, kind), stated(target.text, kind)
-        if not about["place"]:
-            label = "right" if found == own else "wrong"
-        else:
-            label = "solved" if found == own else "recited" if found == stated(about["original"], kind) else "neither"
+        label = label_of(found, own, stated(about["original"], kind), about["place"])
         told = {"label": label, "place": about["place"], "item": about["item"]}
         return Score(value=float(label in ("right", "solved")), answer=found, metadata=told)
 

@@ -10,7 +10,7 @@ Shapes: N prompts, L layers, D neurons.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -19,13 +19,12 @@ import pandas as pd
 
 from mnemoscope.auditing.answers import found_in, stated
 from mnemoscope.auditing.items import Item, Variant
-from mnemoscope.auditing.replies import Form, replies
-from mnemoscope.behaviour import Asking, read_states
+from mnemoscope.auditing.replies import Form, decision_states, replies
+from mnemoscope.behaviour import Asking
 from mnemoscope.interventions import SteeringVector, Toward
-from mnemoscope.interventions.edits import Shift
+from mnemoscope.interventions.controls import gaussian
 from mnemoscope.runs.errors import InputError
 from mnemoscope.statistics import proportion
-from mnemoscope.tasks import Example
 
 LEAST = 4  # recited items, of which half are fitted on
 FACTORS = (0.5, 1.0, 2.0, 4.0)  # of the mean difference
@@ -81,16 +80,10 @@ def prove(
 def _difference(asking: Asking, form: Form, items: Sequence[Item]) -> np.ndarray:
     """Mean over items of their variants' states minus their original's, float64 (L, D)."""
 
-    def states_NLD(several: Sequence[tuple[str, Variant]]) -> np.ndarray:
-        asked = [
-            Example(item, form.asked(one), "novel", item, answer=f" {one.answer.strip()}") for item, one in several
-        ]
-        return read_states(replace(asking, from_prompt=True), asked, "block").at_decision_NLD.astype(np.float64)
-
-    originals_NLD = states_NLD([(item.item, Variant(item.prompt, item.answer)) for item in items])
+    originals_NLD = decision_states(asking, form, [(item.item, Variant(item.prompt, item.answer)) for item in items])
     variants = [(item.item, one) for item in items for one in item.variants]
     table = pd.Series(range(len(variants))).groupby([item for item, _ in variants], sort=False)
-    variants_NLD = states_NLD(variants)
+    variants_NLD = decision_states(asking, form, variants)
     means_NLD = np.stack([variants_NLD[list(rows)].mean(0) for _, rows in table])
     return (means_NLD - originals_NLD).mean(0)
 
@@ -107,21 +100,15 @@ def _chosen(asking: Asking, form: Form, shift_LD: np.ndarray, asked: Asked) -> S
 
 
 def _vector(shift_LD: np.ndarray, layers: Sequence[int]) -> SteeringVector:
-    import torch
-
-    edits = {layer: Shift(torch.from_numpy(shift_LD[layer].astype(np.float32))) for layer in layers}
-    return SteeringVector(Toward.GENERALIZED, edits, method="nmd")
+    chosen_LD = np.zeros_like(shift_LD)
+    chosen_LD[list(layers)] = shift_LD[list(layers)]
+    return SteeringVector(Toward.GENERALIZED, {}, method="nmd").with_dense(chosen_LD)
 
 
 def _random(one: SteeringVector, seed: int) -> SteeringVector:
     """A Gaussian shift of the same norm in every layer."""
-    import torch
-
-    generator, edits = torch.Generator().manual_seed(seed), dict[int, Shift]()
-    for layer, shift_D in one.shifts.items():
-        drawn_D = torch.randn(shift_D.shape, generator=generator)
-        edits[layer] = Shift(drawn_D * shift_D.norm() / drawn_D.norm())
-    return SteeringVector(Toward.GENERALIZED, edits, method="gaussian")
+    shift_LD = one.dense(1 + max(one.layers), len(one.shifts[one.layers[0]])).astype(np.float64)
+    return one.with_dense(gaussian(shift_LD, np.random.default_rng([seed, 62])))
 
 
 def _lost(

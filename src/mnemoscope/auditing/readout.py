@@ -8,15 +8,14 @@ Shapes: N items, L layers, D neurons.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from mnemoscope.auditing.items import Item, Variant
-from mnemoscope.auditing.replies import Form
-from mnemoscope.behaviour import Asking, read_states
+from mnemoscope.auditing.replies import Form, decision_states
+from mnemoscope.behaviour import Asking
 from mnemoscope.runs.errors import InputError
-from mnemoscope.tasks import Example
 
 FOLDS, STRENGTHS = 5, (1e-3, 1e-2, 1e-1)  # of cross-validation, and of the ridge that is chosen by it
 
@@ -66,8 +65,7 @@ def differences(asking: Asking, form: Form, items: Sequence[Item]) -> np.ndarray
     The spread is that of each neuron among the variants of an item, pooled over all items.
     """
     every = [(item.item, one) for item in items for one in (Variant(item.prompt, item.answer), *item.variants)]
-    asked = [Example(item, form.asked(one), "novel", item, answer=f" {one.answer.strip()}") for item, one in every]
-    states_NLD = read_states(replace(asking, from_prompt=True), asked, "block").at_decision_NLD.astype(np.float64)
+    states_NLD = decision_states(asking, form, every)
     found, within, start = [], np.zeros(states_NLD.shape[1:]), 0
     for item in items:
         original_LD, variants_NLD = states_NLD[start], states_NLD[start + 1 : start + 1 + len(item.variants)]

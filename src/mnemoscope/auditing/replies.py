@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from mnemoscope.auditing.answers import Kind, found_in, stated
+from mnemoscope.auditing.answers import Kind, found_in, label_of, stated
 from mnemoscope.auditing.items import Item, Variant
-from mnemoscope.behaviour import Asking, continued, left_padded
+from mnemoscope.behaviour import Asking, continued, left_padded, read_states
 from mnemoscope.models import context_length, pass_inputs
 from mnemoscope.runs.errors import InputError
+from mnemoscope.tasks import Example
 
 LARGEST = 2**26  # logits of one pass
 LOWEST = 0.2  # share of a text's tokens that Min-K% takes
@@ -105,6 +106,12 @@ def likelihoods(asking: Asking, texts: Sequence[str]) -> list[dict[str, float]]:
     return found
 
 
+def decision_states(asking: Asking, form: Form, several: Sequence[tuple[str, Variant]]) -> np.ndarray:
+    """States of blocks at the last token of what is asked, float64 (N, L, D); ``several``: with their items' names."""
+    asked = [Example(item, form.asked(one), "novel", item, answer=f" {one.answer.strip()}") for item, one in several]
+    return read_states(replace(asking, from_prompt=True), asked, "block").at_decision_NLD.astype(np.float64)
+
+
 def _batches(order: list[int], rows: Sequence[Sequence[int]], vocabulary: int) -> Iterator[list[int]]:
     """Places of texts of like length, as many at a time as their logits allow."""
     chosen: list[int] = []
@@ -130,8 +137,7 @@ def rows_of(asking: Asking, form: Form, items: Sequence[Item]) -> list[dict[str,
     for (item, place, one), reply, facts in zip(every, written, likely, strict=True):
         found = found_in(reply, form.kind)
         own, original = (stated(answer, form.kind) for answer in (one.answer, item.answer))
-        names = ("solved", "recited", "neither") if place else ("right", "wrong", "wrong")
-        label = names[0 if found == own else 1 if found == original else 2]
+        label = label_of(found, own, original, place)
         rows.append(
             {"item": item.item, "place": place, "prompt": one.prompt, "answer": own, "reply": reply, "found": found}
             | {"label": label, **facts}
