@@ -31,6 +31,11 @@ def found_in(reply: str, kind: Kind) -> str | None:
     return None
 
 
+def states_one(reply: str, kind: Kind) -> bool:
+    """Whether a reply says which of its numbers or letters is its answer; a short one begins with it."""
+    return kind == "short" or any(pattern.search(reply) for pattern in STATED)
+
+
 def stated(answer: str, kind: Kind) -> str:
     """A right answer as it would be found: "18 dollars" is 18."""
     return found_in(answer, kind) or normal(answer, kind)

@@ -118,7 +118,7 @@ def _lost(
     with one.apply(asking.model):
         written = replies(asking, form, [form.asked(variant) for _, variant in of]) if of else []
     return [
-        (item, float(found_in(reply, form.kind) != stated(variant.answer, form.kind)))
+        (item, float(found_in(reply.text, form.kind) != stated(variant.answer, form.kind)))
         for (item, variant), reply in zip(of, written, strict=True)
     ]
 

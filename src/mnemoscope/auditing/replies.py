@@ -8,12 +8,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from mnemoscope.auditing.answers import Kind, found_in, label_of, stated
+from mnemoscope.auditing.answers import Kind, found_in, label_of, stated, states_one
 from mnemoscope.auditing.items import Item, Variant
 from mnemoscope.behaviour import Asking, continued, left_padded, read_states
 from mnemoscope.models import context_length, pass_inputs
@@ -52,22 +52,30 @@ class Form:
         return f"{asked}{joined}{variant.answer}"
 
 
+class Reply(NamedTuple):
+    """What was written; ``cut``: it was not at its end when it had all the tokens that it may have."""
+
+    text: str
+    cut: bool
+
+
 def places_of(item: Item) -> list[Variant]:
     """The original, then the variants."""
     return [Variant(item.prompt, item.answer), *item.variants]
 
 
 @torch.no_grad()
-def replies(asking: Asking, form: Form, asked: Sequence[str]) -> list[str]:
+def replies(asking: Asking, form: Form, asked: Sequence[str]) -> list[Reply]:
     """What is written behind prompts, greedily."""
     texts = [asking.text(prompt) for prompt in asked]
-    order, found = np.argsort([len(text) for text in texts], kind="stable"), [""] * len(texts)
+    order, found = np.argsort([len(text) for text in texts], kind="stable"), [Reply("", False)] * len(texts)
     for start in range(0, len(texts), asking.batch_size):
         chosen = order[start : start + asking.batch_size].tolist()
         inputs = asking.padded([texts[i] for i in chosen])
         ids_NT, mask_NT, width = continued(asking.model, asking.tokenizer, inputs, form.tokens)
         for i, ids, mask in zip(chosen, ids_NT[:, width:].tolist(), mask_NT[:, width:].tolist(), strict=True):
-            found[i] = asking.tokenizer.decode(ids[: sum(mask)], skip_special_tokens=True)
+            text = asking.tokenizer.decode(ids[: sum(mask)], skip_special_tokens=True)
+            found[i] = Reply(text, sum(mask) >= form.tokens)
     return found
 
 
@@ -128,18 +136,18 @@ def rows_of(asking: Asking, form: Form, items: Sequence[Item]) -> list[dict[str,
     """A row for every original (``place`` 0) and variant: what was asked, replied and found, and the ``likelihoods``.
 
     ``label``: of an original ``right`` or ``wrong``; of a variant ``solved`` (its own answer), ``recited`` (the
-    original's) or ``neither``.
+    original's) or ``neither``. ``cut``: the reply was cut before it stated an answer, so ``found`` may be a step of it.
     """
     every = [(item, place, one) for item in items for place, one in enumerate(places_of(item))]
     written = replies(asking, form, [form.asked(one) for *_, one in every])
     likely = likelihoods(asking, [form.text(one) for *_, one in every])
     rows = []
     for (item, place, one), reply, facts in zip(every, written, likely, strict=True):
-        found = found_in(reply, form.kind)
+        found, cut = found_in(reply.text, form.kind), reply.cut and not states_one(reply.text, form.kind)
         own, original = (stated(answer, form.kind) for answer in (one.answer, item.answer))
         label = label_of(found, own, original, place)
         rows.append(
-            {"item": item.item, "place": place, "prompt": one.prompt, "answer": own, "reply": reply, "found": found}
-            | {"label": label, **facts}
+            {"item": item.item, "place": place, "prompt": one.prompt, "answer": own, "reply": reply.text}
+            | {"found": found, "cut": cut, "label": label, **facts}
         )
     return rows

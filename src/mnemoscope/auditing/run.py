@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 AT_ONCE = 4  # items of a chunk
-SCHEMA = 1
+SCHEMA = 2
 SHORT = 16  # tokens of a short reply, at most
 MOST_LACKING = 0.5  # share of replies in which no answer is found, from which on nothing can be said
 CHOICES = ("sizes", "prompting", "name", "progress", "opening", "against", "prove")
@@ -186,6 +186,7 @@ def _told(run: _Run, rows: pd.DataFrame, choices: Mapping[str, Any]) -> Audit:
     table = verdicts(evidence(rows, reference), config.accused)
     found = summary(table) | {"model": run.facts["model"], "dtype": run.facts["dtype"], "accused_at": config.accused}
     found |= {"asked": run.facts["form"], "few_variants": int((table["variants"] < LEAST).sum())}
+    found["cut"] = float(rows["cut"].mean())
     if reference is not None:
         found["against"] = str(read_json(intact(Path(against or "") / "audit" / "frame.json"), AuditFacts)["model"])
     if choices.get("prove"):

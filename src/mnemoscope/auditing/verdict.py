@@ -21,6 +21,7 @@ from mnemoscope.statistics import Estimate, mean, proportion
 
 ACCUSED = 0.01  # share of items without contamination that may be accused
 LEAST_P = 1e-12
+MOST_CUT = 0.05  # share of replies that may be cut before a summary says so
 LEAST = 3  # variants of an item, to say anything of it
 RIVALS = {"loss": ("nats", -1), "zlib": ("zlib", -1), "min-k": ("min_k", 1), "min-k++": ("min_k_pp", 1)}
 
@@ -121,6 +122,8 @@ def in_words(found: Mapping[str, Any]) -> list[str]:
     else:
         each = found["variants"] / max(1, found["items"])
         lines.append(f"nothing is accused: clean as far as {each:.0f} variants of an item show")
+    if (cut := found.get("cut", 0.0)) > MOST_CUT:
+        lines.append(f"{100 * cut:.0f} % of replies were cut before they stated an answer; give them more tokens")
     lines += [proven(found["proof"])] if "proof" in found else []
     lines.append(f"of clean items {found['by_chance']:.1f} would be accused by chance")
     return lines

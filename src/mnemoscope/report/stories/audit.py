@@ -74,6 +74,8 @@ def _sentences(results: Part) -> list[str]:
             f"solved variants lose their answers; by random shifts of the same norm {proof['control_recited']} and "
             f"{proof['control_solved']}. That is evidence for the group, not for an item."
         )
+    if results.cut:
+        lines.append(f"Of the replies {percent(results.cut)} were cut before they stated an answer.")
     return [*lines, *([f"{count(few, 'item')} have too few variants to tell."] if few else [])]
 
 
