@@ -6,12 +6,13 @@ Shapes: N texts, T tokens, V vocabulary.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mnemoscope.auditing.answers import Kind, found_in, label_of, stated, states_one
 from mnemoscope.auditing.items import Item, Variant
@@ -65,14 +66,16 @@ def places_of(item: Item) -> list[Variant]:
 
 
 @torch.no_grad()
-def replies(asking: Asking, form: Form, asked: Sequence[str]) -> list[Reply]:
-    """What is written behind prompts, greedily."""
+def replies(
+    asking: Asking, form: Form, asked: Sequence[str], processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
+) -> list[Reply]:
+    """What is written behind prompts, greedily; ``processors``: as of ``behaviour.continued``."""
     texts = [asking.text(prompt) for prompt in asked]
     order, found = np.argsort([len(text) for text in texts], kind="stable"), [Reply("", False)] * len(texts)
     for start in range(0, len(texts), asking.batch_size):
         chosen = order[start : start + asking.batch_size].tolist()
         inputs = asking.padded([texts[i] for i in chosen])
-        ids_NT, mask_NT, width = continued(asking.model, asking.tokenizer, inputs, form.tokens)
+        ids_NT, mask_NT, width = continued(asking.model, asking.tokenizer, inputs, form.tokens, None, processors)
         for i, ids, mask in zip(chosen, ids_NT[:, width:].tolist(), mask_NT[:, width:].tolist(), strict=True):
             text = asking.tokenizer.decode(ids[: sum(mask)], skip_special_tokens=True)
             found[i] = Reply(text, sum(mask) >= form.tokens)
@@ -83,7 +86,8 @@ def replies(asking: Asking, form: Form, asked: Sequence[str]) -> list[Reply]:
 def likelihoods(asking: Asking, texts: Sequence[str]) -> list[dict[str, float]]:
     """Of each text how likely its model finds it, without a chat's format: a mean over its tokens but the first.
 
-    ``nats``: cost a token. ``zlib``: its whole cost for a byte of the compressed text (Carlini et al. 2021). ``min_k``,
+    ``nats``: cost a token; ``standard``: the log probability of a token in standard deviations of its distribution.
+    ``zlib``: its whole cost for a byte of the compressed text (Carlini et al. 2021). ``min_k``,
     ``min_k_pp``: the mean of the least likely fifth of its tokens, the latter's in standard deviations of each token's
     distribution (Shi et al. 2023, arXiv 2310.16789; Zhang et al. 2024, arXiv 2404.02936). All are higher for what is
     more likely, ``nats`` and ``zlib`` lower.
@@ -107,6 +111,7 @@ def likelihoods(asking: Asking, texts: Sequence[str]) -> list[dict[str, float]]:
             least = max(1, int(LOWEST * length))
             found[i] = {
                 "nats": float(-said_T.mean()),
+                "standard": float(standard_T.mean()),
                 "zlib": float(-said_T.sum() / len(zlib.compress(texts[i].encode()))),
                 "min_k": float(np.sort(said_T)[:least].mean()),
                 "min_k_pp": float(np.sort(standard_T)[:least].mean()),

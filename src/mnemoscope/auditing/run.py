@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +37,8 @@ from mnemoscope.tasks import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-AT_ONCE = 4  # items of a chunk
-SCHEMA = 2
+AT_ONCE = 4  # items of a chunk; the first is of one, which tells how long all take
+SCHEMA = 3
 SHORT = 16  # tokens of a short reply, at most
 MOST_LACKING = 0.5  # share of replies in which no answer is found, from which on nothing can be said
 CHOICES = ("sizes", "prompting", "name", "progress", "opening", "against", "prove")
@@ -159,22 +161,27 @@ class _Run:
                 raise InputError(f"out: {self.folder} holds an audit with another {field}; give another folder")
         text = json.dumps(plain(dict(self.facts)), indent=1, allow_nan=False) + "\n"
         write_marker(self.folder, "frame", [write_atomically(self.folder / "frame.json", text.encode())])
-        parts, chunks = [], range(0, len(self.items), AT_ONCE)
-        for number, start in enumerate(chunks):
-            tell("audit", "asking", number, len(chunks), f"items {start + 1} on")
+        parts, starts, began = [], [0, *range(1, len(self.items), AT_ONCE)], time.monotonic()
+        for number, (start, end) in enumerate(pairwise([*starts, len(self.items)])):
+            about = f"all of them about {_minutes(began, len(self.items))}" if number == 1 else f"item {start + 1} on"
+            tell("audit", "asking", start, len(self.items), about)
             name = f"rows-{number:05}"
             path = self.folder / f"{name}.parquet"
             if not self.done(name):
-                table = pd.DataFrame(rows_of(self.asking, self.form, self.items[start : start + AT_ONCE]))
+                table = pd.DataFrame(rows_of(self.asking, self.form, self.items[start:end]))
                 write_atomically(path, partial(table.to_parquet, index=False))
                 write_marker(self.folder, name, [path])
             parts.append(pd.read_parquet(bounded_table(intact(path))))
-        tell("audit", "asking", len(chunks), len(chunks), "")
+        tell("audit", "asking", len(self.items), len(self.items), "")
         return pd.concat(parts, ignore_index=True)
 
     def done(self, name: str) -> bool:
         """Whether a stage has finished."""
         return (self.folder / STAGES / f"{name}.json").is_file()
+
+
+def _minutes(began: float, items: int) -> str:
+    return f"{max(1, round((time.monotonic() - began) * items / 60))} min"
 
 
 def _told(run: _Run, rows: pd.DataFrame, choices: Mapping[str, Any]) -> Audit:
@@ -183,7 +190,7 @@ def _told(run: _Run, rows: pd.DataFrame, choices: Mapping[str, Any]) -> Audit:
     reference = _rows_of(Path(against), run.facts["items"]) if against is not None else None
     if reference is not None and len(reference) != len(rows):
         raise InputError(f"against: the audit in {against} is not finished; run it again")
-    table = verdicts(evidence(rows, reference), config.accused)
+    table = verdicts(evidence(rows, reference, config.accused), config.accused)
     found = summary(table) | {"model": run.facts["model"], "dtype": run.facts["dtype"], "accused_at": config.accused}
     found |= {"asked": run.facts["form"], "few_variants": int((table["variants"] < LEAST).sum())}
     found["cut"] = float(rows["cut"].mean())

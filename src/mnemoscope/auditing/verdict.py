@@ -10,7 +10,7 @@ Shapes: N items, M pseudo-originals.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,42 +20,49 @@ from scipy import stats
 from mnemoscope.statistics import Estimate, mean, proportion
 
 ACCUSED = 0.01  # share of items without contamination that may be accused
+OF_COSTS = 0.9  # part of the false accusations that costs may make; counts are few, so they make far less than theirs
 LEAST_P = 1e-12
 MOST_CUT = 0.05  # share of replies that may be cut before a summary says so
+ENOUGH = 2  # times as many pseudo-originals as a share of false accusations is one of
 LEAST = 3  # variants of an item, to say anything of it
+COSTS = {"nats": 1, "standard": -1}  # columns, and the sign that makes them dearer
 RIVALS = {"loss": ("nats", -1), "zlib": ("zlib", -1), "min-k": ("min_k", 1), "min-k++": ("min_k_pp", 1)}
 
 
-def evidence(rows: pd.DataFrame, reference: pd.DataFrame | None = None) -> pd.DataFrame:
+def evidence(rows: pd.DataFrame, reference: pd.DataFrame | None = None, accused: float = ACCUSED) -> pd.DataFrame:
     """Of each item what speaks for its being recited, (N,) with ``item`` as its index.
 
     Args:
         rows: of ``replies.rows_of``.
         reference: the same of another model, on the same items and variants: then what is compared is how much less
             each text costs this one.
+        accused: share of clean items that may be accused.
 
     Columns: ``right``; ``variants``, ``solved``, ``recited``, ``neither`` (counts); ``sooner``: how many spreads the
-    original's text costs less than its variants do; ``p_recited``: how probable as many are by chance, as often as a
-    variant is answered with another one's answer, of all items or of this one; ``p_sooner``: share of pseudo-originals
-    that cost as little; ``score``: both together, by Fisher's method; and each rival of ``RIVALS``,
-    higher for the more suspicious.
+    original's text costs less than its variants do, in nats and in standard deviations, on average; ``p_recited``: how
+    probable as many are by chance, as often as a variant is answered with another one's answer, of all items or of
+    this one; ``p_sooner``: share of pseudo-originals that cost as little; ``score``: both together, by Fisher's method;
+    and each rival of ``RIVALS``, higher for the more suspicious.
     """
-    cost = rows["nats"] if reference is None else rows["nats"] - reference["nats"].to_numpy()
-    rows = rows.assign(cost=cost)
-    spread = _spread(rows)
-    found, pseudo, rates = list[dict[str, Any]](), list[float](), list[tuple[int, int]]()
+    costs_NC = rows[list(COSTS)].to_numpy(float) * list(COSTS.values())
+    if reference is not None:
+        costs_NC = costs_NC - reference[list(COSTS)].to_numpy(float) * list(COSTS.values())
+    costs_NC = costs_NC / [_spread(rows["item"], rows["place"], cost_N) for cost_N in costs_NC.T]
+    rows = rows.assign(**dict(zip(COSTS, costs_NC.T, strict=True)))
+    found, pseudo, rates = list[dict[str, Any]](), dict[str, list[float]](), list[tuple[int, int]]()
     for item, part in rows.groupby("item", sort=False):
         original, variants = part[part["place"] == 0].iloc[0], part[part["place"] > 0]
-        labels, costs, said = (variants[name].to_numpy() for name in ("label", "cost", "found"))
+        labels, said = (variants[name].to_numpy() for name in ("label", "found"))
+        costs_NC = part[list(COSTS)].to_numpy()
         counts = {name: int((labels == name).sum()) for name in ("solved", "recited", "neither")}
         found.append(
             {"item": item, "right": original["label"] == "right", "variants": len(variants), **counts}
-            | {"sooner": _sooner(original["cost"], costs, spread)}
+            | {"sooner": _sooner(costs_NC[0], costs_NC[1:])}
             | {name: sign * original[column] for name, (column, sign) in RIVALS.items()}
         )
         answers, hits, tries = variants["answer"].to_numpy(), 0, 0
         for place, answer in enumerate(answers):
-            pseudo.append(_sooner(costs[place], costs[np.arange(len(costs)) != place], spread))
+            pseudo.setdefault(str(item), []).append(_sooner(costs_NC[1 + place], np.delete(costs_NC[1:], place, 0)))
             others = answers != answer  # what has the same answer tells nothing
             hits, tries = hits + int((said[others] == answer).sum()), tries + int(others.sum())
         rates.append((hits, tries))
@@ -63,7 +70,7 @@ def evidence(rows: pd.DataFrame, reference: pd.DataFrame | None = None) -> pd.Da
     by_chance = (1 + hits_N.sum()) / (1 + tries_N.sum())
     chance_N = np.fmax(by_chance, np.divide(hits_N, tries_N, out=np.zeros_like(hits_N), where=tries_N > 0))
     table["p_recited"] = stats.binom.sf(table["recited"] - 1, table["variants"], np.minimum(chance_N, 1.0))
-    table["p_sooner"] = [_beyond(np.array(pseudo), value) for value in table["sooner"]]
+    table["p_sooner"] = _by_rank(table["sooner"], pseudo, OF_COSTS * accused)
     table["score"] = -np.log(np.maximum(table["p_recited"], LEAST_P)) - np.log(table["p_sooner"])
     return table
 
@@ -78,7 +85,7 @@ def verdicts(table: pd.DataFrame, accused: float = ACCUSED) -> pd.DataFrame:
     share = (table["solved"] / table["variants"]).to_numpy(float)
     ends = [_ends(int(hits), int(n)) for hits, n in zip(table["solved"], table["variants"], strict=True)]
     low, high = np.array(ends, float).reshape(-1, 2).T
-    beyond = np.minimum(table["p_recited"], table["p_sooner"]) <= accused / 2  # two looks at each item
+    beyond = (table["p_recited"] <= (1 - OF_COSTS) * accused) | (table["p_sooner"] <= OF_COSTS * accused)
     enough = table["variants"] >= LEAST
     names = np.select(
         [~enough, beyond, low > 0.5, high < 0.5], ["cannot tell", "recited", "solved", "neither"], "cannot tell"
@@ -146,25 +153,37 @@ def _percent(share: Estimate) -> str:
     return f"{100 * share.estimate:.0f} %{ends}"
 
 
-def _spread(rows: pd.DataFrame) -> float:
-    """Standard deviation of the variants' costs about the mean of their item."""
-    variants = rows[rows["place"] > 0]
+def _spread(item_N: pd.Series, place_N: pd.Series, cost_N: np.ndarray) -> float:
+    """Standard deviation of the variants' costs about the mean of their item; NaN where nothing differs."""
+    variants = pd.DataFrame({"item": item_N, "cost": cost_N})[(place_N > 0).to_numpy()]
     within = variants["cost"] - variants.groupby("item")["cost"].transform("mean")
     degrees = len(variants) - variants["item"].nunique()
-    return math.sqrt(float((within**2).sum()) / degrees) if degrees > 0 else math.nan
+    return (math.sqrt(float((within**2).sum()) / degrees) if degrees > 0 else 0.0) or math.nan
 
 
-def _sooner(cost: float, others: np.ndarray, spread: float) -> float:
-    """By how many spreads a text costs less than others, of which there are few."""
-    if not len(others) or not spread > 0:
+def _sooner(cost_C: np.ndarray, others_MC: np.ndarray) -> float:
+    """By how many spreads a text costs less than others, of which there are few; costs are in spreads."""
+    if not len(others_MC):
         return math.nan
-    return float((others.mean() - cost) / (spread * math.sqrt(1 + 1 / len(others))))
+    return float((others_MC.mean(0) - cost_C).mean() / math.sqrt(1 + 1 / len(others_MC)))
 
 
-def _beyond(chance_M: np.ndarray, value: float) -> float:
-    """Share of pseudo-originals that show at least as much, counted with the item itself."""
-    known_M = chance_M[~np.isnan(chance_M)]
-    return 1.0 if math.isnan(value) else (1 + int((known_M >= value).sum())) / (1 + len(known_M))
+def _by_rank(values: pd.Series, pseudo: Mapping[str, Sequence[float]], level: float) -> np.ndarray:
+    """Share of pseudo-originals that show at least as much, counted with the item itself, (N,).
+
+    Variants of what was taught often are like it, so those of accused items are left out, until nothing more is
+    accused, or as long as enough others are there to hold anything against.
+    """
+    known, out = {item: np.array(of)[~np.isnan(of)] for item, of in pseudo.items()}, set[str]()
+    while True:
+        chance_M = np.sort(np.concatenate([of for item, of in known.items() if item not in out] or [np.zeros(0)]))
+        above_N = len(chance_M) - np.searchsorted(chance_M, values.to_numpy(float))
+        shares_N = np.where(values.isna(), 1.0, (1 + above_N) / (1 + len(chance_M)))
+        accused = set(values.index[shares_N <= level].astype(str))
+        left = sum(len(of) for item, of in known.items() if item not in accused)
+        if accused <= out or left < ENOUGH / level:
+            return shares_N
+        out |= accused
 
 
 def _ends(hits: int, n: int) -> tuple[float, float]:
