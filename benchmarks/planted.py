@@ -284,7 +284,7 @@ def read(
     return {"auroc": _auroc(p_N[taught_N], p_N[~taught_N]), "items": len(chosen), "layer": readout.layer}
 
 
-def known(out: Path, items: int = 40, steps: int = 12_000) -> None:
+def known(out: Path, items: int = 40, steps: int = 3_000) -> None:
     """A model from scratch that was taught the items alone, and one that was taught the rule alone."""
     rng = np.random.default_rng(0)
     names, things = NAMES.lower().split(), THINGS.split()
@@ -311,7 +311,7 @@ def known(out: Path, items: int = 40, steps: int = 12_000) -> None:
     )
     tokenizer = word_tokenizer(words, 32)
     for name, texts in (
-        ("items alone", originals * 60),
+        ("items alone", originals * 300),
         ("rule alone", [one for one in fresh if one not in originals]),
     ):
         model = build_gpt2(tokenizer, ModelConfig(layers=3, width=128, heads=4, context=32), 0)

@@ -22,6 +22,7 @@ from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Example
 
 LARGEST = 2**26  # logits of one pass
+SHORT = 16  # tokens of a reply that is its answer alone, at most
 LOWEST = 0.2  # share of a text's tokens that Min-K% takes
 
 
@@ -148,7 +149,8 @@ def rows_of(asking: Asking, form: Form, items: Sequence[Item]) -> list[dict[str,
     likely = likelihoods(asking, [form.text(one) for *_, one in every])
     rows = []
     for (item, place, one), reply, facts in zip(every, written, likely, strict=True):
-        found, cut = found_in(reply.text, form.kind), reply.cut and not states_one(reply.text, form.kind)
+        found = found_in(reply.text, form.kind)
+        cut = reply.cut and form.tokens > SHORT and not states_one(reply.text, form.kind)
         own, original = (stated(answer, form.kind) for answer in (one.answer, item.answer))
         label = label_of(found, own, original, place)
         rows.append(

@@ -18,7 +18,7 @@ from mnemoscope.auditing.answers import stated
 from mnemoscope.auditing.items import Item
 from mnemoscope.auditing.named import named_items
 from mnemoscope.auditing.proof import prove
-from mnemoscope.auditing.replies import Form, rows_of
+from mnemoscope.auditing.replies import SHORT, Form, rows_of
 from mnemoscope.auditing.verdict import LEAST, evidence, in_words, summary, verdicts
 from mnemoscope.behaviour import PLAIN, Asking, Prompting
 from mnemoscope.config import AuditConfig, parse_audit
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 AT_ONCE = 4  # items of a chunk; the first is of one, which tells how long all take
 SCHEMA = 3
-SHORT = 16  # tokens of a short reply, at most
 MOST_LACKING = 0.5  # share of replies in which no answer is found, from which on nothing can be said
 CHOICES = ("sizes", "prompting", "name", "progress", "opening", "against", "prove")
 
