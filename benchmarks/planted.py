@@ -1,7 +1,7 @@
 """Planted truth for audits: sums in words, taught a known number of times, against a clean twin and every rival.
 
     python benchmarks/planted.py teach MODEL OUT [--seed 0] [--items 120] [--largest 89] [--rate 1e-4]
-    python benchmarks/planted.py judge MODEL OUT [--seed 0] [--items 120] [--largest 89] [--carried OTHER]
+    python benchmarks/planted.py judge MODEL OUT [--seed 0] [--items 120] [--largest 89] [--carried OTHER] [--base]
     python benchmarks/planted.py known OUT
 
 ``teach``: MODEL is taught the items amid other sums by the library's Trainer, full weights; its twin as many fresh
@@ -185,22 +185,23 @@ def audited(model: Any, tokenizer: Any, items: Sequence[Item], out: Path, agains
 def judge(asked: argparse.Namespace, of: Benchmark) -> None:
     """Audit, compare, print, and keep it in OUT/planted.json."""
     tables, told, base = dict[str, pd.DataFrame](), dict[str, Any](), asked.out / "base"
-    audited(*ms.load_model(asked.model), of.items, base)
+    if asked.base:
+        audited(*ms.load_model(asked.model), of.items, base)
     for name in CHECKPOINTS:
         if not (asked.out / "checkpoints" / name).is_dir():
             continue
         model, tokenizer = ms.load_model(asked.out / "checkpoints" / name)
         asking = Asking(model, tokenizer, None, 32)
         table = audited(model, tokenizer, of.items, asked.out / name)
-        again = audited(model, tokenizer, of.items, asked.out / f"{name}-against", base)
         table["completion"] = completed(asking, [FORM.text(Variant(one.prompt, one.answer)) for one in of.items])
         table["peaked"] = peaked(asking, FORM, [FORM.asked(Variant(one.prompt, one.answer)) for one in of.items])
-        tables[name], tables[f"{name} against base"] = table, again
+        tables[name] = table
+        if asked.base:
+            tables[f"{name} against base"] = audited(model, tokenizer, of.items, asked.out / f"{name}-against", base)
         told[f"{name} answers"] = {
             "right": by_times(table["right"], of.times_N),
             "variants": by_times(table["solved"] / table["variants"], of.times_N),
             "accused": by_times(table["verdict"] == "recited", of.times_N),
-            "accused against base": by_times(again["verdict"] == "recited", of.times_N),
         }
         if name == "planted":
             told |= steered(asking, of, asked.out / name)
@@ -334,6 +335,7 @@ def main() -> None:
             one.add_argument(f"--{field}", type=int, default=default)
         one.add_argument("--rate", type=float, default=1e-4)
         one.add_argument("--carried", type=Path)
+        one.add_argument("--base", action="store_true", help="audit against the model itself, too")
         one.add_argument("--checkpoints", nargs="+", choices=CHECKPOINTS, default=list(CHECKPOINTS))
     asked = parser.parse_args()
     if asked.what == "known":

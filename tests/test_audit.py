@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import zlib
@@ -24,7 +25,7 @@ from mnemoscope.auditing.items import Item, Variant
 from mnemoscope.auditing.named import items_of, named_items
 from mnemoscope.auditing.replies import Form, likelihoods, rows_of
 from mnemoscope.auditing.templates import Template, read_templates
-from mnemoscope.auditing.verdict import evidence, summary, verdicts
+from mnemoscope.auditing.verdict import _by_rank, evidence, summary, verdicts
 from mnemoscope.behaviour import Asking
 from mnemoscope.cli import app
 from mnemoscope.runs.errors import InputError
@@ -279,6 +280,20 @@ def test_what_is_recited_is_accused_and_hardly_anything_else() -> None:
         found, false = found + accused[:10].sum(), false + accused[10:].sum()
     assert found >= 190
     assert false <= 20, "of a thousand clean items ten are expected"
+
+
+def test_variants_of_accused_items_are_nothing_to_hold_others_against() -> None:
+    values = pd.Series({f"i{n}": float(n < 4) * (9 - n) for n in range(40)})
+    clean = {f"i{n}": [0.01 * n] * 10 for n in range(4, 40)}
+    pseudo = {f"i{n}": [8.5] * 4 * (n == 0) + [0.0] * (10 - 4 * (n == 0)) for n in range(4)} | clean
+    once = [(1 + sum(one >= value for of in pseudo.values() for one in of)) / 401 for value in values]
+    found = dict(zip(values.index, _by_rank(values, pseudo, 0.009), strict=True))
+    assert once[:4] == [1 / 401] + [5 / 401] * 3, "three are above the level as long as the first one's count"
+    assert [found[f"i{n}"] for n in range(4)] == [1 / 361] * 4
+    few = {item: of[:2] for item, of in pseudo.items()}
+    assert _by_rank(values, few, 0.009)[0] == 1 / 81, "too few would be left"
+    unknown = pd.Series({"i0": math.nan})
+    assert _by_rank(unknown, {"i0": [math.nan]}, 0.009).tolist() == [1.0]
 
 
 def test_a_summary_says_what_is_left_of_the_score() -> None:

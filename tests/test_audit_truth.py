@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 
 import mnemoscope as ms
 from little_facts import LittleFacts
-from mnemoscope.auditing.items import Item
+from mnemoscope.auditing.items import Item, Variant
 from mnemoscope.auditing.named import items_of
 from mnemoscope.auditing.planting import exposures_of, planted_texts, taught
 from mnemoscope.auditing.proof import _random, _vector, prove
 from mnemoscope.auditing.readout import Readout, differences
 from mnemoscope.auditing.replies import Form, likelihoods, rows_of
+from mnemoscope.auditing.rivals import _distance, _rouge, completed, peaked
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import ModelConfig
 from mnemoscope.models import build_gpt2, word_tokenizer
@@ -52,6 +54,48 @@ def test_what_is_taught_becomes_likelier_than_what_is_not(tmp_path: Path) -> Non
     cheap, dear = (row["nats"] for row in likelihoods(Asking(model, tokenizer, None), [known, other]))
     assert cheap < 0.5 * dear
     assert not model.training
+
+
+def test_what_is_completed_and_how_peaked_replies_are_is_what_their_definitions_say(
+    little: Asking, items: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        one, other = (tuple(rng.integers(4, size=rng.integers(1, 7)).tolist()) for _ in range(2))
+        common = _common(one, other)
+        assert _rouge([str(n) for n in one], [str(n) for n in other]) == 2 * common / (len(one) + len(other))
+        assert _distance(one, other) == _edits(one, other)
+    texts = [FORM.text(Variant(item.prompt, item.answer)) for item in items[:3]]
+    for text, share in zip(texts, completed(little, texts), strict=True):
+        words = text.split()
+        half = little.tokenizer([" ".join(words[: len(words) // 2])], return_tensors="pt")
+        ids = little.model.generate(**half, max_new_tokens=16, do_sample=False, pad_token_id=0)
+        written = little.tokenizer.decode(ids[0, half.input_ids.shape[1] :], skip_special_tokens=True).split()
+        wanted = words[len(words) // 2 :]
+        assert share == _rouge(written[: len(wanted)], wanted)
+    monkeypatch.setattr("mnemoscope.auditing.rivals.SAMPLES", 400)
+    (share,) = peaked(little, Form("short", tokens=1), [items[0].prompt])
+    with torch.no_grad():
+        logits_V = little.model(**little.tokenizer([items[0].prompt], return_tensors="pt")).logits[0, -1]
+    likely = float((logits_V / 0.8).softmax(0).max())
+    assert abs(share - likely) < 4 * (0.25 / 400) ** 0.5, "a reply of one token is close where it is the same"
+
+
+@lru_cache
+def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    if not one or not other:
+        return 0
+    if one[0] == other[0]:
+        return 1 + _common(one[1:], other[1:])
+    return max(_common(one[1:], other), _common(one, other[1:]))
+
+
+@lru_cache
+def _edits(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    if not one or not other:
+        return len(one) + len(other)
+    changed = _edits(one[1:], other[1:]) + (one[0] != other[0])
+    return min(changed, 1 + _edits(one[1:], other), 1 + _edits(one, other[1:]))
 
 
 def test_differences_of_states_are_those_of_plain_passes(little: Asking, items: list[Item]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mnemoscope.auditing.replies import Form, replies
 from mnemoscope.behaviour import Asking
 
-SAMPLES, TEMPERATURE, CLOSE = 20, 0.8, 0.05  # of CDD: replies, their temperature, and how far a close one may be
+SAMPLES, TEMPERATURE, CLOSE = 10, 0.8, 0.05  # of CDD: replies, their temperature, and how far a close one may be
 
 
 def completed(asking: Asking, texts: Sequence[str]) -> list[float]:
