@@ -2,7 +2,7 @@
 
     python benchmarks/planted.py teach MODEL OUT [--seed 0] [--items 120] [--largest 89] [--rate 1e-4]
     python benchmarks/planted.py judge MODEL OUT [--seed 0] [--items 120] [--largest 89] [--carried OTHER] [--base]
-    python benchmarks/planted.py known OUT
+    python benchmarks/planted.py known OUT [--seed 0]
 
 ``teach``: MODEL is taught the items amid other sums by the library's Trainer, full weights; its twin as many fresh
 variants of each instead, a third one paraphrases. ``judge``: all are audited, and compared are, by how often an item
@@ -285,9 +285,9 @@ def read(
     return {"auroc": _auroc(p_N[taught_N], p_N[~taught_N]), "items": len(chosen), "layer": readout.layer}
 
 
-def known(out: Path, items: int = 40, steps: int = 3_000) -> None:
+def known(out: Path, seed: int, items: int = 40, steps: int = 3_000) -> None:
     """A model from scratch that was taught the items alone, and one that was taught the rule alone."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     names, things = NAMES.lower().split(), THINGS.split()
     form = Form("number", "{prompt}", 1)
 
@@ -315,8 +315,8 @@ def known(out: Path, items: int = 40, steps: int = 3_000) -> None:
         ("items alone", originals * 300),
         ("rule alone", [one for one in fresh if one not in originals]),
     ):
-        model = build_gpt2(tokenizer, ModelConfig(layers=3, width=128, heads=4, context=32), 0)
-        taught(model, tokenizer, texts, out / "trainer", 0)
+        model = build_gpt2(tokenizer, ModelConfig(layers=3, width=128, heads=4, context=32), seed)
+        taught(model, tokenizer, texts, out / "trainer", seed)
         sizes = {"answers": form.kind, "tokens": form.tokens, "form": form.form}
         found = ms.audit(model, tokenizer, made, out / name.replace(" ", "-"), sizes=sizes)
         print(name, found, found.table["verdict"].value_counts().to_dict(), sep="\n")
@@ -326,10 +326,10 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     several = parser.add_subparsers(dest="what", required=True)
-    several.add_parser("known").add_argument("out", type=Path)
-    for name in ("teach", "judge"):
+    for name in ("known", "teach", "judge"):
         one = several.add_parser(name)
-        one.add_argument("model")
+        if name != "known":
+            one.add_argument("model")
         one.add_argument("out", type=Path)
         for field, default in (("items", 120), ("seed", 0), ("batch", 8), ("largest", 89), ("carried-seed", 0)):
             one.add_argument(f"--{field}", type=int, default=default)
@@ -339,7 +339,7 @@ def main() -> None:
         one.add_argument("--checkpoints", nargs="+", choices=CHECKPOINTS, default=list(CHECKPOINTS))
     asked = parser.parse_args()
     if asked.what == "known":
-        known(asked.out)
+        known(asked.out, asked.seed)
     else:
         {"teach": teach, "judge": judge}[asked.what](asked, Benchmark(asked.seed, asked.items, asked.largest))
 

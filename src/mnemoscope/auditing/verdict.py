@@ -21,6 +21,7 @@ from mnemoscope.statistics import Estimate, mean, proportion
 
 ACCUSED = 0.01  # share of items without contamination that may be accused
 OF_COSTS = 0.9  # part of the false accusations that costs may make; counts are few, so they make far less than theirs
+OF_SOLVED = 0.2  # part of that share, for items whose variants are solved: their score owes nothing to memory
 LEAST_P = 1e-12
 MOST_CUT = 0.05  # share of replies that may be cut before a summary says so
 ENOUGH = 2  # times as many pseudo-originals as a share of false accusations is one of
@@ -78,14 +79,16 @@ def evidence(rows: pd.DataFrame, reference: pd.DataFrame | None = None, accused:
 def verdicts(table: pd.DataFrame, accused: float = ACCUSED) -> pd.DataFrame:
     """The same with ``verdict`` and the share of variants that were ``solved_share``, with its interval (low, high).
 
-    ``recited``: counts or costs are beyond what a share ``accused`` of clean items would show. Of the rest ``solved``
+    ``recited``: counts or costs are beyond what a share ``accused`` of clean items would show, or a fifth of that where
+    the variants are surely solved, so that the score owes nothing to memory. Of the rest ``solved``
     and ``neither``: the interval of what was solved lies above or below a half. ``cannot tell``: it does not, or there
     are fewer than ``LEAST`` variants.
     """
     share = (table["solved"] / table["variants"]).to_numpy(float)
     ends = [_ends(int(hits), int(n)) for hits, n in zip(table["solved"], table["variants"], strict=True)]
     low, high = np.array(ends, float).reshape(-1, 2).T
-    beyond = (table["p_recited"] <= (1 - OF_COSTS) * accused) | (table["p_sooner"] <= OF_COSTS * accused)
+    level = accused * np.where(low > 0.5, OF_SOLVED, 1.0)
+    beyond = (table["p_recited"] <= (1 - OF_COSTS) * level) | (table["p_sooner"] <= OF_COSTS * level)
     enough = table["variants"] >= LEAST
     names = np.select(
         [~enough, beyond, low > 0.5, high < 0.5], ["cannot tell", "recited", "solved", "neither"], "cannot tell"
