@@ -118,6 +118,7 @@ def test_differences_of_states_are_those_of_plain_passes(little: Asking, items: 
 
 def test_a_proof_steers_the_group_and_its_controls_have_its_norm(little: Asking, items: list[Item]) -> None:
     rows = pd.DataFrame(rows_of(little, FORM, items))
+    rows.loc[rows["place"] > 1, "label"] = "neither"  # so that no item would be solved as well
     right = rows.loc[rows["label"] == "right", "item"].tolist()
     before = [parameter.clone() for parameter in little.model.parameters()]
     found = prove(little, FORM, items, rows, right)
@@ -133,6 +134,9 @@ def test_a_proof_steers_the_group_and_its_controls_have_its_norm(little: Asking,
         assert not torch.allclose(other.shifts[layer], shift_D)
     with pytest.raises(InputError, match="at least 4 are needed"):
         prove(little, FORM, items, rows, right[:3])
+    rows.loc[rows["place"] > 0, "label"] = "solved"
+    with pytest.raises(InputError, match="prove: 0 recited"):
+        prove(little, FORM, items, rows, right)
 
 
 def test_an_audit_that_is_asked_for_a_proof_says_what_it_was_or_why_there_is_none(

@@ -31,6 +31,7 @@ FACTORS = (0.5, 1.0, 2.0, 4.0)  # of the mean difference
 PARTS = 3  # of the blocks: shifted are those of one part, or all
 ALLOWED = 0.05  # of solved variants that may be lost where a setting is chosen
 CONTROLS = 2  # draws of equal norm
+SOLVABLE = 0.5  # share of its variants from which on an item would be solved as well
 MOST = 64  # solved variants of which half are chosen on, drawn by chance
 
 
@@ -48,16 +49,22 @@ def prove(
     """Shares that lose their answers under the shift and under controls of equal norm, of both groups.
 
     Args:
-        rows: of ``replies.rows_of``, of the unsteered model; recited items whose original was answered wrong lose none.
-        recited: names of the items.
+        rows: of ``replies.rows_of``, of the unsteered model.
+        recited: names of the items. Those are steered whose original is right and most of whose variants are not:
+            an answer that would be solved as well is not lost with memory.
 
     Raises:
         InputError: there are too few of them.
     """
     right = set(rows.loc[rows["label"] == "right", "item"])
-    chosen = [item for item in items if item.item in recited and item.item in right and item.variants]
+    variants = rows[rows["place"] > 0]
+    solvable = (variants["label"] == "solved").groupby(variants["item"]).mean() >= SOLVABLE
+    chosen = [
+        item for item in items if item.item in recited and item.item in right and not solvable.get(item.item, True)
+    ]
     if len(chosen) < LEAST:
-        raise InputError(f"prove: {len(chosen)} recited items are answered right; at least {LEAST} are needed")
+        what = "recited items are answered right, and their variants mostly not"
+        raise InputError(f"prove: {len(chosen)} {what}; at least {LEAST} are needed")
     solved_of = {(row.item, row.place) for row in rows.itertuples() if row.label == "solved"}
     solved = [
         (item.item, one) for item in items for n, one in enumerate(item.variants, 1) if (item.item, n) in solved_of
