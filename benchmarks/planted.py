@@ -178,7 +178,7 @@ def teach(asked: argparse.Namespace, of: Benchmark) -> None:
 def audited(model: Any, tokenizer: Any, items: Sequence[Item], out: Path, against: Path | None = None) -> pd.DataFrame:
     """The table of an audit, with the gap between an original and its variants."""
     sizes = {"answers": FORM.kind, "tokens": FORM.tokens, "form": FORM.form, "batch_size": 32}
-    found = ms.audit(model, tokenizer, items, out, sizes=sizes, against=against)
+    found = ms.audit(model, tokenizer, items, out, sizes=sizes, against=against, name=out.name)
     return found.table.assign(gap=found.table["right"] - found.table["solved"] / found.table["variants"])
 
 

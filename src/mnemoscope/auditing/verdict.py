@@ -108,7 +108,7 @@ def summary(table: pd.DataFrame) -> dict[str, Any]:
         "originals": proportion(right, items),
         "fresh": mean(solved, items),
         "inflation": mean(right - solved, items),
-        "without_recited": mean(right * ~recited, items),
+        "without_recited": mean(np.where(recited, solved, right), items),
         "accused": table.index[recited].tolist(),
         "by_chance": ACCUSED * len(table),
     }
@@ -127,7 +127,9 @@ def in_words(found: Mapping[str, Any]) -> list[str]:
     if not found["originals"].estimate:
         lines.append("no original is answered right: there is no score to inflate")
     if accused := found["accused"]:
-        left = f"left of the score without what was recited: {_percent(found['without_recited'])}"
+        left = (
+            f"left of the score, where recited items count as their variants do: {_percent(found['without_recited'])}"
+        )
         lines += [left, f"accused: {', '.join(accused)}"]
     else:
         each = found["variants"] / max(1, found["items"])

@@ -58,7 +58,7 @@ def _sentences(results: Part) -> list[str]:
     ]
     if results.accused:
         left = ranged(results.without_recited)
-        lines.append(f"Without what was recited {left} of the items are left as the score.")
+        lines.append(f"Where recited items count as their variants do, {left} of the score are left.")
     else:
         lines.append("Nothing is accused: clean as far as these variants show.")
     share = percent(results.accused_at)
@@ -141,8 +141,8 @@ def _marks(results: Part) -> Panel:
 
 
 def _score(results: Part) -> Panel:
-    """The score as it is, without what was recited, and on variants."""
-    shares = {"originals": results.originals, "without recited": results.without_recited, "fresh": results.fresh}
+    """The score as it is, with variants in the place of what was recited, and on variants alone."""
+    shares = {"originals": results.originals, "recited by variants": results.without_recited, "fresh": results.fresh}
 
     def plot() -> Figure:
         figure, ax = canvas(330)
