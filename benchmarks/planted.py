@@ -15,7 +15,6 @@ taught the rule alone. What is there already is not made again.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from mnemoscope.auditing.rivals import completed, peaked
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import ModelConfig
 from mnemoscope.models import build_gpt2, word_tokenizer
+from mnemoscope.report.rows import to_json
 from mnemoscope.runs.errors import InputError
 
 NAMES = "Alice Boris Clara David Elena Felix Grace Hassan Irma Jonas Karin Liam Maria Nils Olga Pedro Rosa Sven Tara"
@@ -210,8 +210,8 @@ def judge(asked: argparse.Namespace, of: Benchmark) -> None:
         if name in tables and clean in tables:
             told[f"{name}, compared"] = compared(tables[name], tables[clean], of.times_N)
             print(name, pd.DataFrame(told[f"{name}, compared"]).round(2).T.to_string(), sep="\n")
-    asked.out.joinpath("planted.json").write_text(json.dumps(told, indent=1, default=vars))
-    print(json.dumps({name: value for name, value in told.items() if "compared" not in name}, indent=1, default=vars))
+    asked.out.joinpath("planted.json").write_text(to_json(told))
+    print(to_json({name: value for name, value in told.items() if "compared" not in name}))
 
 
 def by_times(values: pd.Series, times_N: np.ndarray) -> dict[str, float]:

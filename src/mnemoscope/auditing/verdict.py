@@ -42,28 +42,28 @@ def evidence(rows: pd.DataFrame, reference: pd.DataFrame | None = None, accused:
     Columns: ``right``; ``variants``, ``solved``, ``recited``, ``neither`` (counts); ``sooner``: how many spreads the
     original's text costs less than its variants do, in nats and in standard deviations, on average; ``p_recited``: how
     probable as many are by chance, as often as a variant is answered with another one's answer, of all items or of
-    this one; ``p_sooner``: share of pseudo-originals that cost as little; ``score``: both together, by Fisher's method;
-    and each rival of ``RIVALS``, higher for the more suspicious.
+    this one; ``p_sooner``: share of pseudo-originals that cost as little; ``score``: both together, by Fisher's method,
+    costs by a normal tail; and each rival of ``RIVALS``, higher for the more suspicious.
     """
     costs_NC = rows[list(COSTS)].to_numpy(float) * list(COSTS.values())
     if reference is not None:
         costs_NC = costs_NC - reference[list(COSTS)].to_numpy(float) * list(COSTS.values())
     costs_NC = costs_NC / [_spread(rows["item"], rows["place"], cost_N) for cost_N in costs_NC.T]
-    rows = rows.assign(**dict(zip(COSTS, costs_NC.T, strict=True)))
+    of_item = rows.groupby("item", sort=False).indices
     found, pseudo, rates = list[dict[str, Any]](), dict[str, list[float]](), list[tuple[int, int]]()
     for item, part in rows.groupby("item", sort=False):
         original, variants = part[part["place"] == 0].iloc[0], part[part["place"] > 0]
         labels, said = (variants[name].to_numpy() for name in ("label", "found"))
-        costs_NC = part[list(COSTS)].to_numpy()
+        own_NC = costs_NC[of_item[item]]
         counts = {name: int((labels == name).sum()) for name in ("solved", "recited", "neither")}
         found.append(
             {"item": item, "right": original["label"] == "right", "variants": len(variants), **counts}
-            | {"sooner": _sooner(costs_NC[0], costs_NC[1:])}
+            | {"sooner": _sooner(own_NC[0], own_NC[1:])}
             | {name: sign * original[column] for name, (column, sign) in RIVALS.items()}
         )
         answers, hits, tries = variants["answer"].to_numpy(), 0, 0
         for place, answer in enumerate(answers):
-            pseudo.setdefault(str(item), []).append(_sooner(costs_NC[1 + place], np.delete(costs_NC[1:], place, 0)))
+            pseudo.setdefault(str(item), []).append(_sooner(own_NC[1 + place], np.delete(own_NC[1:], place, 0)))
             others = answers != answer  # what has the same answer tells nothing
             hits, tries = hits + int((said[others] == answer).sum()), tries + int(others.sum())
         rates.append((hits, tries))
@@ -72,7 +72,8 @@ def evidence(rows: pd.DataFrame, reference: pd.DataFrame | None = None, accused:
     chance_N = np.fmax(by_chance, np.divide(hits_N, tries_N, out=np.zeros_like(hits_N), where=tries_N > 0))
     table["p_recited"] = stats.binom.sf(table["recited"] - 1, table["variants"], np.minimum(chance_N, 1.0))
     table["p_sooner"] = _by_rank(table["sooner"], pseudo, OF_COSTS * accused)
-    table["score"] = -np.log(np.maximum(table["p_recited"], LEAST_P)) - np.log(table["p_sooner"])
+    tail_N = stats.norm.logsf(table["sooner"].fillna(-math.inf))  # finer than a rank beyond the last
+    table["score"] = -np.log(np.maximum(table["p_recited"], LEAST_P)) - tail_N
     return table
 
 
