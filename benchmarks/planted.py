@@ -282,7 +282,7 @@ def read(
     """How well P(recited) tells what was taught often from what never was."""
     chosen = [item for item, kept in zip(items, judged_N, strict=True) if kept]
     p_N, taught_N = readout.p_recited(asking, FORM, chosen), times_N[judged_N] > 0
-    return {"auroc": _auroc(p_N[taught_N], p_N[~taught_N]), "items": len(chosen), "layer": readout.layer}
+    return {"auroc": _auroc(p_N[taught_N], p_N[~taught_N]), "items": len(chosen)}
 
 
 def known(out: Path, seed: int, items: int = 40, steps: int = 3_000) -> None:

@@ -17,7 +17,7 @@ from mnemoscope.auditing.named import items_of
 from mnemoscope.auditing.planting import exposures_of, planted_texts, taught
 from mnemoscope.auditing.proof import _random, _vector, prove
 from mnemoscope.auditing.readout import Readout, differences
-from mnemoscope.auditing.replies import Form, likelihoods, rows_of
+from mnemoscope.auditing.replies import Form, likelihoods, places_of, rows_of
 from mnemoscope.auditing.rivals import _distance, _rouge, completed, peaked
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import ModelConfig
@@ -98,17 +98,20 @@ def _edits(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     return min(changed, 1 + _edits(one[1:], other), 1 + _edits(one, other[1:]))
 
 
-def test_differences_of_states_are_those_of_plain_passes(little: Asking, items: list[Item]) -> None:
-    found_NLD = differences(little, FORM, items[:2])
-    for item, found_LD in zip(items[:2], found_NLD, strict=True):
-        rows = []
-        for prompt in (item.prompt, *(one.prompt for one in item.variants)):
-            with torch.no_grad():
-                output = little.model(**little.tokenizer([prompt], return_tensors="pt"), output_hidden_states=True)
-            rows.append(np.stack([state[0, -1].double().numpy() for state in output.hidden_states[1:-1]]))
-        wanted_LD = rows[0] - np.mean(rows[1:], axis=0)
-        large_LD = np.abs(wanted_LD) > 1e-3 * np.abs(wanted_LD).max()  # in units of each neuron's own spread
-        assert (np.sign(found_LD[: len(wanted_LD)]) == np.sign(wanted_LD))[large_LD].all()
+def test_a_read_out_reads_how_sure_states_are_of_a_prompt(little: Asking, items: list[Item]) -> None:
+    rows_MF, model = [], little.model
+    for prompt in (one.prompt for item in items[:2] for one in places_of(item)):
+        ids = little.tokenizer([prompt], return_tensors="pt").input_ids
+        with torch.no_grad():
+            logp_TV = model(ids).logits[0, :-1].double().log_softmax(-1)
+        entropy_T = -(logp_TV.exp() * logp_TV).sum(1)
+        said_T = logp_TV.gather(1, ids[0, 1:, None])[:, 0]
+        spread_T = ((logp_TV.exp() * logp_TV.square()).sum(1) - entropy_T.square()).sqrt()
+        rows_MF.append([-said_T.mean(), ((said_T + entropy_T) / spread_T).mean(), entropy_T.mean()])
+    read_NMF = np.array(rows_MF, float).reshape(2, 5, 3)
+    spread_F = np.sqrt(read_NMF[:, 1:].var(1).mean(0))
+    wanted_NF = (read_NMF[:, 0] - read_NMF[:, 1:].mean(1)) / spread_F
+    np.testing.assert_allclose(differences(little, FORM, items[:2]), wanted_NF, rtol=5e-3, atol=5e-3)
     readout = Readout.fitted(little, FORM, items, [n % 2 == 0 for n in range(len(items))])
     p_N = readout.p_recited(little, FORM, items)
     assert ((p_N > 0) & (p_N < 1)).all()

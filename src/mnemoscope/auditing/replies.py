@@ -87,11 +87,11 @@ def replies(
 def likelihoods(asking: Asking, texts: Sequence[str]) -> list[dict[str, float]]:
     """Of each text how likely its model finds it, without a chat's format: a mean over its tokens but the first.
 
-    ``nats``: cost a token; ``standard``: the log probability of a token in standard deviations of its distribution.
-    ``zlib``: its whole cost for a byte of the compressed text (Carlini et al. 2021). ``min_k``,
-    ``min_k_pp``: the mean of the least likely fifth of its tokens, the latter's in standard deviations of each token's
-    distribution (Shi et al. 2023, arXiv 2310.16789; Zhang et al. 2024, arXiv 2404.02936). All are higher for what is
-    more likely, ``nats`` and ``zlib`` lower.
+    ``nats``: cost a token; ``standard``: its log probability in standard deviations of its distribution, whose entropy
+    is ``entropy``, nats. ``zlib``: its whole cost for a byte of the compressed text (Carlini et al. 2021). ``min_k``,
+    ``min_k_pp``: the mean of the least likely fifth of its tokens, the latter's in standard deviations (Shi et al. 2023,
+    arXiv 2310.16789; Zhang et al. 2024, arXiv 2404.02936). What is more likely has more of ``standard``, ``min_k`` and
+    ``min_k_pp``, less of ``nats`` and ``zlib``.
     """
     rows = asking.tokenizer(list(texts)).input_ids
     limit = context_length(asking.model)
@@ -108,11 +108,13 @@ def likelihoods(asking: Asking, texts: Sequence[str]) -> list[dict[str, float]]:
         standard_NT = (said_NT - mean_NT) / spread_NT
         for n, i in enumerate(chosen):
             length = len(rows[i]) - 1
-            said_T, standard_T = (part[n, -length:].cpu().numpy() for part in (said_NT, standard_NT))
+            parts = (said_NT, standard_NT, -mean_NT)
+            said_T, standard_T, entropy_T = (part[n, -length:].cpu().numpy() for part in parts)
             least = max(1, int(LOWEST * length))
             found[i] = {
                 "nats": float(-said_T.mean()),
                 "standard": float(standard_T.mean()),
+                "entropy": float(entropy_T.mean()),
                 "zlib": float(-said_T.sum() / len(zlib.compress(texts[i].encode()))),
                 "min_k": float(np.sort(said_T)[:least].mean()),
                 "min_k_pp": float(np.sort(standard_T)[:least].mean()),
