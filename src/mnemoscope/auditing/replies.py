@@ -89,9 +89,9 @@ def likelihoods(asking: Asking, texts: Sequence[str]) -> list[dict[str, float]]:
 
     ``nats``: cost a token; ``standard``: its log probability in standard deviations of its distribution, whose entropy
     is ``entropy``, nats. ``zlib``: its whole cost for a byte of the compressed text (Carlini et al. 2021). ``min_k``,
-    ``min_k_pp``: the mean of the least likely fifth of its tokens, the latter's in standard deviations (Shi et al. 2023,
-    arXiv 2310.16789; Zhang et al. 2024, arXiv 2404.02936). What is more likely has more of ``standard``, ``min_k`` and
-    ``min_k_pp``, less of ``nats`` and ``zlib``.
+    ``min_k_pp``: the mean of the least likely fifth of its tokens, the latter's in standard deviations (Shi et al.
+    2023, arXiv 2310.16789; Zhang et al. 2024, arXiv 2404.02936). What is more likely has more of
+    ``standard``, ``min_k`` and ``min_k_pp``, less of ``nats`` and ``zlib``.
     """
     rows = asking.tokenizer(list(texts)).input_ids
     limit = context_length(asking.model)
