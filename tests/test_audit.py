@@ -7,6 +7,7 @@ import math
 import os
 import re
 import zlib
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,16 @@ from typer.testing import CliRunner
 
 import mnemoscope as ms
 from little_facts import LittleFacts
-from mnemoscope.auditing.answers import found_in, normal, stated
+from mnemoscope.auditing.answers import found_in, normal, stated, states_one
 from mnemoscope.auditing.expressions import Expression
 from mnemoscope.auditing.items import Item, Variant
 from mnemoscope.auditing.named import items_of, named_items
 from mnemoscope.auditing.replies import Form, likelihoods, rows_of
 from mnemoscope.auditing.templates import Template, read_templates
-from mnemoscope.auditing.verdict import _by_rank, evidence, summary, verdicts
+from mnemoscope.auditing.verdict import _by_rank, evidence, in_words, summary, verdicts
 from mnemoscope.behaviour import Asking
 from mnemoscope.cli import app
+from mnemoscope.models import end_ids
 from mnemoscope.runs.errors import InputError
 from public_data import data_folder
 
@@ -307,6 +309,10 @@ def test_a_summary_says_what_is_left_of_the_score() -> None:
     assert (told["originals"].estimate, told["without_recited"].estimate) == (1.0, pytest.approx(left))
     assert told["fresh"].estimate == pytest.approx(50 / 60)
     assert told["inflation"].estimate == pytest.approx(10 / 60)
+    assert not any("cut" in line for line in in_words(told | {"cut": 0.05}))
+    assert "50 % of replies were cut before they stated an answer; give them more tokens" in in_words(
+        told | {"cut": 0.5}
+    )
     few = verdicts(evidence(rows[rows["place"] < 3]))
     assert set(few["verdict"]) == {"cannot tell"}
 
@@ -367,6 +373,13 @@ def test_labels_are_those_of_what_the_model_writes(little: Asking) -> None:
         said = found_in(text, "short")
         wanted = ("solved" if said == own else "recited" if said == other else "neither") if row["place"] else None
         assert row["label"] == (wanted or ("right" if said == own else "wrong"))
+    assert not any(row["cut"] for row in rows), "a reply of a few tokens is its answer alone"
+    for row in rows_of(little, Form("number", "{prompt} w", 18), [replace(item, variants=item.variants[:1])]):
+        inputs = little.tokenizer([f"{row['prompt']} w"], return_tensors="pt")
+        ids = little.model.generate(**inputs, max_new_tokens=18, do_sample=False, pad_token_id=0)
+        assert row["cut"] == (ids[0, -1].item() not in end_ids(little.model, little.tokenizer))
+    assert states_one("so 3 + 4 = 7. #### 7", "number")
+    assert not states_one("so 3 + 4 =", "number")
 
 
 @pytest.mark.parametrize(

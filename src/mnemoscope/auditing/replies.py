@@ -17,7 +17,7 @@ from torch import Tensor
 from mnemoscope.auditing.answers import Kind, found_in, label_of, stated, states_one
 from mnemoscope.auditing.items import Item, Variant
 from mnemoscope.behaviour import Asking, continued, left_padded, read_states
-from mnemoscope.models import context_length, pass_inputs
+from mnemoscope.models import context_length, end_ids, pass_inputs
 from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Example
 
@@ -71,7 +71,7 @@ def replies(
     asking: Asking, form: Form, asked: Sequence[str], processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
 ) -> list[Reply]:
     """What is written behind prompts, greedily; ``processors``: as of ``behaviour.continued``."""
-    texts = [asking.text(prompt) for prompt in asked]
+    texts, ends = [asking.text(prompt) for prompt in asked], end_ids(asking.model, asking.tokenizer)
     order, found = np.argsort([len(text) for text in texts], kind="stable"), [Reply("", False)] * len(texts)
     for start in range(0, len(texts), asking.batch_size):
         chosen = order[start : start + asking.batch_size].tolist()
@@ -79,7 +79,7 @@ def replies(
         ids_NT, mask_NT, width = continued(asking.model, asking.tokenizer, inputs, form.tokens, None, processors)
         for i, ids, mask in zip(chosen, ids_NT[:, width:].tolist(), mask_NT[:, width:].tolist(), strict=True):
             text = asking.tokenizer.decode(ids[: sum(mask)], skip_special_tokens=True)
-            found[i] = Reply(text, sum(mask) >= form.tokens)
+            found[i] = Reply(text, mask[-1] == 1 and ids[-1] not in ends)
     return found
 
 
