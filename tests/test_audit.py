@@ -298,6 +298,16 @@ def test_variants_of_accused_items_are_nothing_to_hold_others_against() -> None:
     assert _by_rank(unknown, {"i0": [math.nan]}, 0.009).tolist() == [1.0]
 
 
+def test_a_model_that_says_one_answer_to_everything_recites_nothing() -> None:
+    rows = made_up(np.random.default_rng(3), solved=0.0).assign(found="0")
+    rows["label"] = np.where(rows["place"] > 0, np.where(rows["item"] == "i0", "recited", "neither"), "wrong")
+    table = evidence(rows)
+    assert (table.loc["i0", "recited"], table.loc["i0", "p_recited"]) == (8, 1.0)
+    part = rows["item"].isin(["i0", "i1"])
+    rows.loc[~part, "found"] = rows.loc[~part, "answer"]
+    assert evidence(rows).loc["i0", "p_recited"] < 1e-6, "others are answered otherwise"
+
+
 def test_a_summary_says_what_is_left_of_the_score() -> None:
     rows = made_up(np.random.default_rng(1), recited=10, solved=1.0)
     table = verdicts(evidence(rows))

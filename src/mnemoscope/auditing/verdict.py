@@ -41,15 +41,16 @@ def evidence(rows: pd.DataFrame, reference: pd.DataFrame | None = None, accused:
 
     Columns: ``right``; ``variants``, ``solved``, ``recited``, ``neither`` (counts); ``sooner``: how many spreads the
     original's text costs less than its variants do, in nats and in standard deviations, on average; ``p_recited``: how
-    probable as many are by chance, as often as a variant is answered with another one's answer, of all items or of
-    this one; ``p_sooner``: share of pseudo-originals that cost as little; ``score``: both together, by Fisher's method,
-    costs by a normal tail; and each rival of ``RIVALS``, higher for the more suspicious.
+    probable as many are by chance, as often as a variant is answered with another one's answer, of all items or of this
+    one, or a variant of another item with this original's; ``p_sooner``: share of pseudo-originals that cost as little;
+    ``score``: both together, by Fisher's method, costs by a normal tail; and each rival of ``RIVALS``, higher for the
+    more suspicious.
     """
     costs_NC = rows[list(COSTS)].to_numpy(float) * list(COSTS.values())
     if reference is not None:
         costs_NC = costs_NC - reference[list(COSTS)].to_numpy(float) * list(COSTS.values())
     costs_NC = costs_NC / [_spread(rows["item"], rows["place"], cost_N) for cost_N in costs_NC.T]
-    of_item = rows.groupby("item", sort=False).indices
+    of_item, asked, modal = rows.groupby("item", sort=False).indices, rows[rows["place"] > 0], list[float]()
     found, pseudo, rates = list[dict[str, Any]](), dict[str, list[float]](), list[tuple[int, int]]()
     for item, part in rows.groupby("item", sort=False):
         original, variants = part[part["place"] == 0].iloc[0], part[part["place"] > 0]
@@ -67,9 +68,12 @@ def evidence(rows: pd.DataFrame, reference: pd.DataFrame | None = None, accused:
             others = answers != answer  # what has the same answer tells nothing
             hits, tries = hits + int((said[others] == answer).sum()), tries + int(others.sum())
         rates.append((hits, tries))
+        elsewhere = asked[(asked["item"] != item) & (asked["answer"] != original["answer"])]
+        modal.append(float((elsewhere["found"] == original["answer"]).mean()) if len(elsewhere) else 0.0)
     table, (hits_N, tries_N) = pd.DataFrame(found).set_index("item"), np.array(rates, float).reshape(-1, 2).T
     by_chance = (1 + hits_N.sum()) / (1 + tries_N.sum())
     chance_N = np.fmax(by_chance, np.divide(hits_N, tries_N, out=np.zeros_like(hits_N), where=tries_N > 0))
+    chance_N = np.fmax(chance_N, modal)  # a model that says one answer to everything recites nothing
     table["p_recited"] = stats.binom.sf(table["recited"] - 1, table["variants"], np.minimum(chance_N, 1.0))
     table["p_sooner"] = _by_rank(table["sooner"], pseudo, OF_COSTS * accused)
     tail_N = stats.norm.logsf(table["sooner"].fillna(-math.inf))  # finer than a rank beyond the last
