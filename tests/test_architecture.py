@@ -89,7 +89,7 @@ def test_the_table_has_no_circle() -> None:
 
 # What there may be at most. Bounds above what is wanted are today's numbers; what is wanted stands beside them.
 BOUNDS = {
-    "lines of src": 28_398,  # 19_500; 24_740, 700 with the levers, the fair arena, and audits
+    "lines of src": 28_403,  # 19_500; 24_740, 700 with the levers, the fair arena, and audits
     "lines of paper": 2_000,
     "lines of rivals": 1_200,
     "lines of tests": 16_691,  # 11_000

@@ -161,8 +161,13 @@ class _Run:
         text = json.dumps(plain(dict(self.facts)), indent=1, allow_nan=False) + "\n"
         write_marker(self.folder, "frame", [write_atomically(self.folder / "frame.json", text.encode())])
         parts, starts, began = [], [0, *range(1, len(self.items), AT_ONCE)], time.monotonic()
+        fresh = not self.done("rows-00000")  # else the first item tells nothing of the time
         for number, (start, end) in enumerate(pairwise([*starts, len(self.items)])):
-            about = f"all of them about {_minutes(began, len(self.items))}" if number == 1 else f"item {start + 1} on"
+            about = (
+                f"all of them about {_minutes(began, len(self.items))}"
+                if fresh and number == 1
+                else f"item {start + 1} on"
+            )
             tell("audit", "asking", start, len(self.items), about)
             name = f"rows-{number:05}"
             path = self.folder / f"{name}.parquet"
