@@ -85,8 +85,8 @@ def verdicts(table: pd.DataFrame, accused: float = ACCUSED) -> pd.DataFrame:
     """The same with ``verdict`` and the share of variants that were ``solved_share``, with its interval (low, high).
 
     ``recited``: counts or costs are beyond what a share ``accused`` of clean items would show, or a fifth of that where
-    the variants are surely solved, so that the score owes nothing to memory. Of the rest ``solved`` and ``neither``: the
-    interval of what was solved lies above or below a half. ``cannot tell``: it does not, or there are fewer than
+    the variants are surely solved, so that the score owes nothing to memory. Of the rest ``solved`` and ``neither``:
+    the interval of what was solved lies above or below a half. ``cannot tell``: it does not, or there are fewer than
     ``LEAST`` variants.
     """
     share = (table["solved"] / table["variants"]).to_numpy(float)
