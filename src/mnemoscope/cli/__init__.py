@@ -24,8 +24,8 @@ def main() -> None:
 def __getattr__(name: str) -> Any:
     if name != "app":  # imported when first asked for, so that a command can be stopped while it is
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from mnemoscope.cli import auditing, commands, using
+    from mnemoscope.cli import auditing, commands, reading, using
     from mnemoscope.cli.shared import app
 
-    assert all((auditing, commands, using)), "they register themselves"
+    assert all((auditing, commands, reading, using)), "they register themselves"
     return app

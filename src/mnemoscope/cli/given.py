@@ -48,7 +48,7 @@ def _layout(given: str) -> None:
 
 
 def _source(path: Path) -> None:
-    if not (path.is_file() and path.with_suffix(".json").is_file()):
+    if not any(one.is_file() and one.with_suffix(".json").is_file() for one in (path, path / "reader.safetensors")):
         resolve_name("mnemoscope.runs.digests:chosen_cells")(path)
 
 

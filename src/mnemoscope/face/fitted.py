@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour import PLAIN, Asking, Prompting, check_known, phrase_of, states_at_the_end
-from mnemoscope.face.stored import agreed, artefacts_of, vectors_of
+from mnemoscope.face.stored import agreed, artefacts_of, reader_of, vectors_of
 from mnemoscope.interventions import Artefact, Binding, Intervention, SteeringVector, Toward
 from mnemoscope.interventions.detect import Detector, Reading
 from mnemoscope.runs.digests import intact
@@ -28,6 +28,7 @@ from mnemoscope.runs.strict import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from mnemoscope.auditing.origins import Origins, Reader
     from mnemoscope.report import Summary
 
 Found = TypeVar("Found")
@@ -86,6 +87,7 @@ class Fitted:
         detector: None where none could be fitted; ``lower_detector`` reads at or below the first shifted layer.
         prompting: the format of prompts.
         preferred: levers that ``use`` has named.
+        reader: of answers, where ``fit_reader`` has put one into the folder.
     """
 
     source: Path
@@ -96,6 +98,7 @@ class Fitted:
     lower_detector: Detector | None
     prompting: Prompting = PLAIN
     preferred: Mapping[Toward, str] = field(default_factory=dict)
+    reader: Reader | None = None
 
     @classmethod
     def open(
@@ -122,13 +125,14 @@ class Fitted:
         if not source.exists():
             raise InputError(f"from: {source} does not exist")
         found = Binding.of(model, tokenizer)
-        levers, detector, lower = artefacts_of(source, found)
+        reader, alone = reader_of(source)
+        levers, detector, lower = ({}, None, None) if alone else artefacts_of(source, found)
         every = [one for named in levers.values() for one in named.values()]
-        artefacts: list[Artefact] = [artefact for artefact in (*every, detector, lower) if artefact]
+        artefacts: list[Artefact] = [artefact for artefact in (*every, detector, lower, reader) if artefact]
         for artefact in artefacts:
             artefact.check(model, tokenizer, force, found)
         stored = artefacts[0].prompting if artefacts else PLAIN
-        return cls(source, model, tokenizer, levers, detector, lower, agreed(stored, prompting))
+        return cls(source, model, tokenizer, levers, detector, lower, agreed(stored, prompting), reader=reader)
 
     @property
     def vectors(self) -> dict[Toward, SteeringVector]:
@@ -294,6 +298,31 @@ class Fitted:
         if not found.get(behaviour := Toward.of(toward)):
             raise InputError(f"toward: {self.source} has no {what} to {toward}; it has {', '.join(found) or 'none'}")
         return found[behaviour]
+
+    def read(self, prompt: str, document: str = "", answer: str | None = None, max_new_tokens: int = 64) -> Origins:
+        """Where each part of an answer comes from: its document, memory, or neither, read in the pass that writes it.
+
+        Args:
+            prompt: with the document in it, in the form that the reader was fitted on, see ``Reader.asks``.
+            document: "" for none; then nothing comes from one.
+            answer: as it stands behind the prompt; None: what the model writes greedily.
+            max_new_tokens: tokens of that, at most.
+
+        Raises:
+            InputError: there is no reader, the document is not in the prompt, the answer is empty, or it does not fit.
+        """
+        from mnemoscope.auditing.origins.reader import Asked
+
+        if self.reader is None:
+            raise InputError(f"reader: {self.source} has none; fit one on texts with documents (mnemoscope fit-reader)")
+        if document.strip() not in prompt:
+            raise InputError(f"document: {document.strip()[:60]!r} is not in the prompt")
+        asking = Asking(self.model, self.tokenizer, batch_size=BATCH, prompting=self.prompting)
+        check_known(asking, [prompt])
+        asked = Asked(prompt, bool(document.strip()), answer or "")
+        return (
+            self.reader.write(asking, asked, max_new_tokens) if answer is None else self.reader.read(asking, [asked])[0]
+        )
 
     def _needed(self, detector: Detector | None) -> Detector:
         if detector is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mnemoscope.behaviour import Prompting
 from mnemoscope.interventions import (
@@ -16,10 +17,13 @@ from mnemoscope.interventions import (
     load_intervention,
 )
 from mnemoscope.interventions.detect import Detector
-from mnemoscope.runs.digests import check_closed, chosen_cells, intact, is_there
+from mnemoscope.runs.digests import check_closed, chosen_cells, in_cells, intact, is_there
 from mnemoscope.runs.errors import InputError, refusing
 from mnemoscope.runs.schemas import CellFacts
 from mnemoscope.runs.strict import read_json, read_text
+
+if TYPE_CHECKING:
+    from mnemoscope.auditing.origins import Reader
 
 
 def vector_file(source: Path, toward: str | None) -> Path:
@@ -64,6 +68,17 @@ def artefacts_of(
     paths = [cell / f"{name}.safetensors" for name in ("detector", "detector_below")]
     detector, lower = (Detector.load(intact(path)) if is_there(path) else None for path in paths)
     return levers, detector, lower
+
+
+def reader_of(source: Path) -> tuple[Reader | None, bool]:
+    """The reader of answers in a folder, or in a file, and whether nothing else is there."""
+    from mnemoscope.auditing.origins import Reader  # most runs have none
+
+    path = source / "reader.safetensors" if source.is_dir() else source
+    described = path.with_suffix(".json")
+    if not (path.is_file() and described.is_file() and '"whole_form"' in read_text(described)):
+        return None, False
+    return Reader.load(path), source.is_file() or not in_cells(source, "records/chosen.json")
 
 
 def vectors_of(levers: Mapping[Toward, Mapping[str, Intervention]]) -> dict[Toward, SteeringVector]:

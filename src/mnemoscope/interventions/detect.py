@@ -219,8 +219,8 @@ def fit_detectors(
     weights_LD, bias_L, losses = _probes((fit_NLD, fit_N), (tune_NLD, tune_N), 1 - tune_N)
 
     def of(layer: int) -> Detector:
-        likeness = _likeness(fit.states_NLD[:, layer], tune.states_NLD[:, layer])
-        return Detector(site, layer, weights_LD, bias_L, *_conflict_probe(fit, tune, layer), *likeness)
+        like = likeness(fit.states_NLD[:, layer], tune.states_NLD[:, layer])
+        return Detector(site, layer, weights_LD, bias_L, *_conflict_probe(fit, tune, layer), *like)
 
     best = of(int(np.argmin(losses)))
     if below is None or below < 0:
@@ -284,7 +284,7 @@ def _conflict_probe(fit: Observed, tune: Observed, layer: int) -> tuple[np.ndarr
     return weights_LD[0], float(bias_L[0])
 
 
-def _likeness(fit_ND: np.ndarray, tune_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def likeness(fit_ND: np.ndarray, tune_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and whitening of a Mahalanobis distance that is at most 1 for all but one in a hundred tune states.
 
     The covariance is shrunk (Ledoit and Wolf 2004) in units of each neuron's spread, or a few huge neurons would

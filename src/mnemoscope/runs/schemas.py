@@ -177,6 +177,13 @@ class DetectorFacts(ArtefactFacts):  # the JSON of a detector
     conflict_bias: Number
 
 
+class ReaderFacts(ArtefactFacts):  # the JSON of a reader of answers
+    layer: int
+    whole_form: str
+    bare_form: str
+    figures: dict[str, float]
+
+
 def read_chosen(path: Path) -> ChosenFacts:
     """Read `chosen.json`; InputError where a field is wrong, or the best method is not among the others."""
     found = read_json(path, ChosenFacts)

@@ -1,0 +1,234 @@
+"""P(document), P(memory) and P(neither) of each token of an answer, in the pass that writes or reads it.
+
+A linear probe of one block reads the states before a token and at it, and how sure the model was of it. So a token's
+numbers depend on nothing that is written behind it.
+
+Shapes: T tokens of an answer, U = 1 + T with the prompt's last one, D neurons, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnemoscope.auditing.origins.labels import ORIGINS, encoded, read_behind, tokens_of
+from mnemoscope.auditing.origins.spans import Span, spans_of
+from mnemoscope.auditing.origins.texts import Form, Text
+from mnemoscope.behaviour import Asking
+from mnemoscope.behaviour.generate import continued
+from mnemoscope.behaviour.states import capturing
+from mnemoscope.interventions import Artefact
+from mnemoscope.models import blocks_of, end_ids, site_width
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.schemas import ReaderFacts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MARKS = {"document": "[{}]", "memory": "<{}>", "neither": "({})", "cannot tell": "?{}?"}  # where there are no colours
+COLOURS = {"document": "green", "memory": "magenta", "neither": "yellow", "cannot tell": "bright_black"}
+MOST_UNLIKE = 0.5  # share of a span's tokens that are unlike those of the fit, from which on nothing is said of it
+
+
+class Asked(NamedTuple):
+    """A prompt, whether there is a document in it, and an answer to read, as it stands behind the prompt."""
+
+    prompt: str
+    document: bool
+    answer: str = ""
+
+
+class Part(NamedTuple):
+    """A span with the mean probabilities of its tokens, (3,), and a verdict: one of ``ORIGINS``, or "cannot tell"."""
+
+    span: Span
+    p_3: np.ndarray
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Origins:
+    """What was read of an answer.
+
+    Attributes:
+        answer: the text; ``offsets``: the characters of each token.
+        p_T3: float64, probabilities of ``ORIGINS`` for each token.
+        unlike_T: whether a token is unlike those of the fit, bool.
+    """
+
+    answer: str
+    offsets: Sequence[tuple[int, int]]
+    p_T3: np.ndarray
+    unlike_T: np.ndarray
+
+    @property
+    def parts(self) -> list[Part]:
+        """Names and numbers of the answer, in order."""
+        found = list[Part]()
+        for span in spans_of(self.answer):
+            if places := tokens_of(self.offsets, span):
+                p_3 = self.p_T3[places].mean(0)
+                known = self.unlike_T[places].mean() < MOST_UNLIKE
+                found.append(Part(span, p_3, ORIGINS[int(p_3.argmax())] if known else "cannot tell"))
+        return found
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Mean probability of each origin over the tokens; what is unlike those of the fit is "cannot tell"."""
+        known_T = ~self.unlike_T
+        found = {name: float((self.p_T3[:, n] * known_T).mean()) for n, name in enumerate(ORIGINS)}
+        return found | {"cannot tell": float(self.unlike_T.mean())}
+
+    def __str__(self) -> str:
+        """The answer with its names and numbers marked, and a line of shares."""
+        return f"{self.marked(MARKS)}\n{self.line}"
+
+    @property
+    def line(self) -> str:
+        """The shares in words."""
+        told = [f"{name} {100 * share:.0f} %" for name, share in self.shares.items() if share or name in ORIGINS]
+        return ", ".join(told)
+
+    def marked(self, marks: dict[str, str]) -> str:
+        """The answer with each name and number in the form that ``marks`` has for its verdict."""
+        text, end = "", 0
+        for span, _, verdict in self.parts:
+            text += self.answer[end : span.start] + marks[verdict].format(span.of(self.answer))
+            end = span.end
+        return text + self.answer[end:]
+
+
+@dataclass(frozen=True)
+class Reader(Artefact):
+    """A calibrated probe.
+
+    Attributes:
+        layer: the block that is read.
+        weights_3F, bias_3: ``p = softmax(weights @ x + bias)``, float64; see ``features``.
+        mean_D, whitening_DD: a token is unlike those of the fit where ``|(state before it - mean) @ whitening|`` is
+            above 1.
+        whole_form, bare_form: how questions are asked, see ``texts.Form``.
+        figures: of the tune split.
+    """
+
+    layer: int
+    weights_3F: np.ndarray = field(repr=False)
+    bias_3: np.ndarray = field(repr=False)
+    mean_D: np.ndarray = field(repr=False)
+    whitening_DD: np.ndarray = field(repr=False)
+    whole_form: str = Form.form
+    bare_form: str = Form.bare
+    figures: dict[str, float] = field(default_factory=dict)
+
+    WHAT: ClassVar[str] = "reader"
+    STORED: ClassVar[tuple[str, ...]] = ("weights_3F", "bias_3", "mean_D", "whitening_DD")
+    DTYPE: ClassVar[torch.dtype] = torch.float64
+    FACTS: ClassVar[Any] = ReaderFacts
+
+    def __post_init__(self) -> None:
+        neurons = len(self.mean_D)
+        shapes = {"weights_3F": (3, 2 * neurons + 2), "bias_3": (3,), "whitening_DD": (neurons, neurons)}
+        for name, shape in shapes.items():
+            stored = getattr(self, name)
+            if stored.shape != shape or not np.isfinite(stored).all():
+                raise InputError(f"reader: {name} has shape {stored.shape} or a value that is not finite; want {shape}")
+
+    def asks(self, text: Text) -> Asked:
+        """A text in the form that was fitted on."""
+        prompt = Form(self.whole_form, self.bare_form).prompt(text.question, text.document)
+        return Asked(prompt, bool(text.document.strip()), text.answer)
+
+    def check_shape(self, model: PreTrainedModel) -> None:
+        """Raises InputError where the model has too few layers, or another width."""
+        layers, width = len(blocks_of(model)), site_width(model, 0, "block")
+        if self.layer >= layers or len(self.mean_D) != width:
+            what = f"{len(self.mean_D)} neurons of block {self.layer}"
+            raise InputError(f"reader: it reads {what}, this model has {layers} blocks of {width}")
+
+    def p_of(self, x_TF: np.ndarray, document: bool) -> np.ndarray:
+        """Probabilities of ``ORIGINS``, float64 (T, 3). Without a document nothing comes from one."""
+        logits_T3 = x_TF.astype(np.float64) @ self.weights_3F.T + self.bias_3
+        if not document:
+            logits_T3[:, 0] = -np.inf
+        p_T3 = np.exp(logits_T3 - logits_T3.max(1, keepdims=True))
+        return p_T3 / p_T3.sum(1, keepdims=True)
+
+    def unlike(self, states_TD: np.ndarray) -> np.ndarray:
+        """Whether states before tokens are unlike those of the fit, bool (T,)."""
+        return np.linalg.norm((states_TD.astype(np.float64) - self.mean_D) @ self.whitening_DD, axis=1) > 1
+
+    def read(self, asking: Asking, asked: Sequence[Asked]) -> list[Origins]:
+        """Read given answers.
+
+        Raises:
+            InputError: an answer is empty, or a text is longer than the model reads.
+        """
+        both = [encoded(asking, one.answer) for one in asked]
+        if empty := next((one for one, (ids, _) in zip(asked, both, strict=True) if not ids), None):
+            raise InputError(f"answer: that to {empty.prompt[-60:]!r} is empty; there is nothing to read")
+        prompts = asking.tokens([asking.text(one.prompt) for one in asked])
+        several = [(prompt, ids) for prompt, (ids, _) in zip(prompts, both, strict=True)]
+        found = list[Origins]()
+        for one, (_, offsets), read in zip(asked, both, read_behind(asking, several, [self.layer]), strict=True):
+            facts = read.states_ULD[:, 0], read.logp_T, read.entropy_T
+            found.append(self._of(one.answer, offsets, facts, one.document))
+        return found
+
+    def _of(
+        self,
+        answer: str,
+        offsets: Sequence[tuple[int, int]],
+        facts: tuple[np.ndarray, np.ndarray, np.ndarray],
+        document: bool,
+    ) -> Origins:
+        return Origins(answer, offsets, self.p_of(features(*facts), document), self.unlike(facts[0][:-1]))
+
+    @torch.no_grad()
+    def write(self, asking: Asking, asked: Asked, tokens: int = 64) -> Origins:
+        """Write an answer greedily and read it in the same passes, of which the last is one more than its tokens are.
+
+        Raises:
+            InputError: the prompt leaves no room for an answer, or the model writes nothing.
+        """
+        prompt = asking.padded([asking.text(asked.prompt)])
+        seen, model, tokenizer = _Seen(), asking.model, asking.tokenizer
+        with capturing(model, "block", [self.layer], offsets=(0,)) as states:
+            seen.states = states
+            ids_NT, _, width = continued(model, tokenizer, prompt, tokens + 1, processors=[seen])
+        ids, ends = ids_NT[0, width:].tolist(), end_ids(model, tokenizer)
+        written = min(next((n for n, one in enumerate(ids) if one in ends), len(ids)), len(seen.rows) - 1)
+        ids = ids[:written]
+        if not ids:
+            raise InputError(f"answer: the model writes nothing behind {asked.prompt[-60:]!r}")
+        parts = [len(tokenizer.decode(ids[:n], skip_special_tokens=True)) for n in range(len(ids) + 1)]
+        offsets = list(pairwise(parts))
+        logp_T = np.array([float(row[1][one]) for row, one in zip(seen.rows, ids, strict=False)])
+        entropy_T = np.array([row[2] for row in seen.rows[: len(ids)]])
+        facts = np.stack([row[0] for row in seen.rows[: len(ids) + 1]]), logp_T, entropy_T
+        answer = tokenizer.decode(ids, skip_special_tokens=True)
+        return self._of(answer, offsets, facts, asked.document)
+
+
+class _Seen:
+    """Sees each pass of a generation, as one of its processors: the state, log probabilities and their entropy."""
+
+    def __init__(self) -> None:
+        self.states: Sequence[Tensor] = ()
+        self.rows = list[tuple[np.ndarray, Tensor, float]]()
+
+    def __call__(self, ids_NT: Tensor, logits_NV: Tensor) -> Tensor:
+        logp_V = logits_NV[0].float().log_softmax(-1)
+        entropy = float(-(logp_V.exp() * logp_V).sum())
+        self.rows.append((self.states[0][0, -1].float().cpu().numpy(), logp_V, entropy))
+        return logits_NV
+
+
+def features(states_UD: np.ndarray, logp_T: np.ndarray, entropy_T: np.ndarray) -> np.ndarray:
+    """The state before each token, the one at it, its log probability and the entropy in nats; float64 (T, F)."""
+    return np.concatenate([states_UD[:-1], states_UD[1:], logp_T[:, None], entropy_T[:, None]], axis=1).astype(float)

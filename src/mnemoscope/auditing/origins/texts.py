@@ -1,0 +1,78 @@
+"""Answers to questions about documents, and how they are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mnemoscope.behaviour import Asking
+from mnemoscope.behaviour.generate import continued
+from mnemoscope.runs.errors import InputError
+from mnemoscope.tasks.tables import read_rows, texts_of
+
+
+@dataclass(frozen=True)
+class Text:
+    """A question, a document ("" for none), and an answer to read, as it stands behind the prompt.
+
+    ``group``: texts of one are never in both of two splits; default: the document.
+    """
+
+    question: str
+    document: str
+    answer: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a question is asked about a document, and without one; ``{document}`` and ``{question}`` are filled in."""
+
+    form: str = "{document}\n\n{question}"
+    bare: str = "{question}"
+
+    def __post_init__(self) -> None:
+        if "{document}" not in self.form or "{question}" not in self.form or "{question}" not in self.bare:
+            raise InputError(f"form: {self.form!r} and {self.bare!r}; wanted are {{document}} and {{question}} in them")
+
+    def prompt(self, question: str, document: str) -> str:
+        """What is asked; without a document the bare question."""
+        if not document.strip():
+            return self.bare.replace("{question}", question)
+        return self.form.replace("{question}", question).replace("{document}", document)
+
+
+def asked(asking: Asking, form: Form, text: Text, document: str | None = None) -> list[int]:
+    """Tokens of the prompt; ``document``: in place of its own."""
+    prompt = form.prompt(text.question, text.document if document is None else document)
+    return asking.tokens([asking.text(prompt)])[0]
+
+
+def read_texts(file: str | Path, fields: Sequence[str] = ("question", "document")) -> list[Text]:
+    """Texts of a JSONL, CSV or Parquet file, whose ``fields`` are the question and the document, and the answer.
+
+    Raises InputError where a field is missing.
+    """
+    return read_rows(str(file), tuple(fields), lambda where, row: Text(*texts_of(where, row, *fields)), option="texts")
+
+
+def answered(asking: Asking, form: Form, texts: Sequence[Text], tokens: int = 32) -> list[Text]:
+    """The same with what the model writes greedily, up to a line's end; without those whose answers are empty."""
+    answers = dict[int, str]()
+    prompts = [asking.text(form.prompt(text.question, text.document)) for text in texts]
+    for chosen in batches([len(prompt) for prompt in prompts], asking.batch_size):
+        inputs = asking.padded([prompts[i] for i in chosen])
+        ids_NT, mask_NT, width = continued(asking.model, asking.tokenizer, inputs, tokens)
+        for i, ids, mask in zip(chosen, ids_NT[:, width:].tolist(), mask_NT[:, width:].tolist(), strict=True):
+            written = asking.tokenizer.decode(ids[: sum(mask)], skip_special_tokens=True)
+            line = written.lstrip().split("\n")[0].rstrip()
+            answers[i] = written[: len(written) - len(written.lstrip())] + line if line else ""
+    return [replace(text, answer=answers[n]) for n, text in enumerate(texts) if answers[n]]
+
+
+def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Places of texts of like length, ``most`` at a time."""
+    order = sorted(range(len(lengths)), key=lambda n: lengths[n])
+    for start in range(0, len(order), most):
+        yield order[start : start + most]

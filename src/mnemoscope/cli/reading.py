@@ -1,0 +1,90 @@
+"""The commands that tell where each part of an answer comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import mnemoscope as ms
+from mnemoscope.cli import given
+from mnemoscope.cli.shared import app, formatted, open_model, say, weights_note
+from mnemoscope.runs.errors import InputError
+
+_TEXTS = "Rows with question and document, and answer where there is one to read: JSONL, CSV, Parquet or JSON."
+_FORM = "How a question is asked about a document: a text with {document} and {question} in it."
+_BARE = "How it is asked without one."
+_DOCUMENT = "A file with the document; none: nothing comes from one."
+_READER = "A folder with a reader, see fit-reader, or its file."
+_ANSWER = "The answer to read, as it stands behind the prompt; default: what the model writes."
+
+
+@app.command()
+@given.taking("force", "layout")
+def fit_reader(
+    how: given.How,
+    model: given.Model,
+    texts: Annotated[Path, typer.Option(help=_TEXTS)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the reader; that of a fit, or a new one.")],
+    form: Annotated[str, typer.Option(help=_FORM)] = "{document}\n\n{question}",
+    bare: Annotated[str, typer.Option(help=_BARE)] = "{question}",
+    seed: Annotated[int, typer.Option(min=0, help="Draws swaps and splits.")] = 0,
+    tokens: Annotated[int, typer.Option(min=1, help="Of an answer that the model writes, at most.")] = 24,
+) -> None:
+    """Fit a reader of answers on questions about documents. No labels are needed: swaps in the documents make them."""
+    from mnemoscope.auditing.origins import Form, fit_reader, read_texts
+    from mnemoscope.behaviour import Asking
+
+    asked, found = Form(form, bare), read_texts(texts)
+    opened, tokenizer = open_model(model, how)
+    reader = fit_reader(Asking(opened, tokenizer, None, 16, formatted(how)), asked, found, seed, tokens)
+    out.mkdir(parents=True, exist_ok=True)
+    path = reader.save(out / "reader.safetensors")[0]
+    told = ", ".join(f"{number:g} {name}" for name, number in reader.figures.items() if name != "loss")
+    say(how.as_json, f"{told} names and numbers, block {reader.layer}\n{path}", reader=path, figures=reader.figures)
+
+
+@app.command()
+@given.taking()
+def read(
+    how: given.How,
+    model: given.Model,
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="About the document.")],
+    source: Annotated[Path, typer.Option("--from", help=_READER, callback=given.of_source)],
+    document: Annotated[Path | None, typer.Option(help=_DOCUMENT)] = None,
+    answer: Annotated[str | None, typer.Option(help=_ANSWER)] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer that is written, at most.")] = 64,
+) -> None:
+    """Tell where each name and number of an answer comes from: the document, memory, or neither."""
+    from rich.console import Console
+    from rich.text import Text as Coloured
+
+    from mnemoscope.auditing.origins import Text
+    from mnemoscope.auditing.origins.reader import COLOURS
+    from mnemoscope.runs.strict import read_text
+
+    if document is not None and not document.is_file():
+        raise InputError(f"document: the file {document} does not exist")
+    said = read_text(document) if document is not None else ""
+    fitted = ms.Fitted.open(source, *open_model(model, how), prompting=formatted(how), force=how.force)
+    if fitted.reader is None:
+        raise InputError(f"from: {source} has no reader; fit one on texts with documents (mnemoscope fit-reader)")
+    found = fitted.read(fitted.reader.asks(Text(question, said)).prompt, said, answer, max_new_tokens)
+    if Console().is_terminal and not how.as_json:
+        text = Coloured(found.answer)
+        for part in found.parts:
+            text.stylize(COLOURS[part.verdict], part.span.start, part.span.end)
+        Console().print(text, Coloured(found.line), sep="\n")
+        return
+    parts = [
+        {"text": part.span.of(found.answer), "start": part.span.start, "end": part.span.end, "verdict": part.verdict}
+        | {"p_document": part.p_3[0], "p_memory": part.p_3[1], "p_neither": part.p_3[2]}
+        for part in found.parts
+    ]
+    facts = {"model": model, "weights": weights_note(model), "answer": found.answer, "shares": found.shares}
+    tokens = [
+        {"start": start, "end": end, "p": p_3.tolist(), "unlike": bool(unlike)}
+        for (start, end), p_3, unlike in zip(found.offsets, found.p_T3, found.unlike_T, strict=True)
+    ]
+    say(how.as_json, found, **facts, parts=parts, tokens=tokens)
