@@ -66,8 +66,7 @@ def a_reader(asking: Asking, seed: int = 0) -> Reader:
     """One with weights of chance."""
     rng, width = np.random.default_rng(seed), asking.model.config.n_embd
     like = np.zeros(width), np.eye(width) * 1e-6
-    forms = {"whole_form": FORM.form, "bare_form": FORM.bare}
-    return Reader(2, rng.normal(size=(3, 2 * width + 2)), rng.normal(size=3), *like, **forms)
+    return Reader(2, rng.normal(size=(3, 2 * width + 2)), rng.normal(size=3), *like, FORM.form, FORM.bare)
 
 
 @pytest.mark.parametrize(
