@@ -277,6 +277,11 @@ def test_fitted_reads_and_bad_input_is_one_line(asking: Asking, tmp_path: Path) 
     (tmp_path / "texts.jsonl").write_text(json.dumps({"question": "where"}) + "\n")
     with pytest.raises(InputError, match="there is no field 'document'"):
         read_texts(tmp_path / "texts.jsonl")
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"question": "where", "document": 3}) + "\n")
+    with pytest.raises(InputError, match="document is 3; a text is wanted"):
+        read_texts(tmp_path / "texts.jsonl")
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"question": "where", "document": "there"}) + "\n")
+    assert read_texts(tmp_path / "texts.jsonl") == [Text("where", "there")]
     assert Asked("a", False).answer == ""
     assert Span(0, 1, "name").of("ab") == "a"
 

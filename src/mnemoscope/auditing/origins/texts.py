@@ -9,7 +9,7 @@ from pathlib import Path
 from mnemoscope.behaviour import Asking
 from mnemoscope.behaviour.generate import continued
 from mnemoscope.runs.errors import InputError
-from mnemoscope.tasks.tables import read_rows, texts_of
+from mnemoscope.tasks.tables import Row, read_rows
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,20 @@ def asked(asking: Asking, form: Form, text: Text, document: str | None = None) -
     return asking.tokens([asking.text(prompt)])[0]
 
 
-def read_texts(file: str | Path, fields: Sequence[str] = ("question", "document")) -> list[Text]:
-    """Texts of a JSONL, CSV or Parquet file, whose ``fields`` are the question and the document, and the answer.
+def read_texts(file: str | Path) -> list[Text]:
+    """Texts of a file of rows with ``question`` and ``document``, and ``answer`` where there is one.
 
-    Raises InputError where a field is missing.
+    Raises InputError where a field is missing, or no text.
     """
-    return read_rows(str(file), tuple(fields), lambda where, row: Text(*texts_of(where, row, *fields)), option="texts")
+
+    def read(where: str, row: Row) -> Text:
+        question, document, answer = row["question"], row["document"], row.get("answer") or ""
+        for field, value in (("question", question), ("document", document), ("answer", answer)):
+            if not isinstance(value, str) or not (value.strip() or field == "answer"):
+                raise InputError(f"{where}: {field} is {value!r}; a text is wanted")
+        return Text(question, document, answer)
+
+    return read_rows(str(file), ("question", "document"), read, option="texts")
 
 
 def answered(asking: Asking, form: Form, texts: Sequence[Text], tokens: int = 32) -> list[Text]:
