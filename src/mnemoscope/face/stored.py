@@ -72,12 +72,12 @@ def artefacts_of(
 
 def reader_of(source: Path) -> tuple[Reader | None, bool]:
     """The reader of answers in a folder, or in a file, and whether nothing else is there."""
-    from mnemoscope.auditing.origins import Reader  # most runs have none
-
     path = source / "reader.safetensors" if source.is_dir() else source
     described = path.with_suffix(".json")
     if not (path.is_file() and described.is_file() and '"whole_form"' in read_text(described)):
         return None, False
+    from mnemoscope.auditing.origins import Reader  # most runs have none
+
     return Reader.load(path), source.is_file() or not in_cells(source, "records/chosen.json")
 
 

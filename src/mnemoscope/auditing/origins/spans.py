@@ -43,9 +43,8 @@ def spans_of(text: str) -> list[Span]:
     found = list[Span]()
     for match in NAME.finditer(text):
         start, end = match.span()
-        while start < end and (word := re.match(r"\S+", text[start:end])) and word[0] in PLAIN:
-            rest = re.match(r"\S+\s*", text[start:end])
-            start += len(rest[0]) if rest else end
+        while (word := re.match(r"\S+\s*", text[start:end])) and word[0].strip() in PLAIN:
+            start += len(word[0])
         end -= 2 if text[start:end].endswith(tuple(f"{mark}s" for mark in APOSTROPHES)) else 0
         if start < end:
             found.append(Span(start, end, "name"))

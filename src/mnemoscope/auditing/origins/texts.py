@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mnemoscope.auditing.replies import Form as ReplyForm
+from mnemoscope.auditing.replies import replies
 from mnemoscope.behaviour import Asking
-from mnemoscope.behaviour.generate import continued
 from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks.tables import Row, read_rows
 
@@ -67,16 +68,13 @@ def read_texts(file: str | Path) -> list[Text]:
 
 def answered(asking: Asking, form: Form, texts: Sequence[Text], tokens: int = 32) -> list[Text]:
     """The same with what the model writes greedily, up to a line's end; without those whose answers are empty."""
-    answers = dict[int, str]()
-    prompts = [asking.text(form.prompt(text.question, text.document)) for text in texts]
-    for chosen in batches([len(prompt) for prompt in prompts], asking.batch_size):
-        inputs = asking.padded([prompts[i] for i in chosen])
-        ids_NT, mask_NT, width = continued(asking.model, asking.tokenizer, inputs, tokens)
-        for i, ids, mask in zip(chosen, ids_NT[:, width:].tolist(), mask_NT[:, width:].tolist(), strict=True):
-            written = asking.tokenizer.decode(ids[: sum(mask)], skip_special_tokens=True)
-            line = written.lstrip().split("\n")[0].rstrip()
-            answers[i] = written[: len(written) - len(written.lstrip())] + line if line else ""
-    return [replace(text, answer=answers[n]) for n, text in enumerate(texts) if answers[n]]
+    prompts = [form.prompt(text.question, text.document) for text in texts]
+    found = list[Text]()
+    for text, reply in zip(texts, replies(asking, ReplyForm("short", tokens=tokens), prompts), strict=True):
+        if line := reply.text.lstrip().split("\n")[0].rstrip():
+            blank = reply.text[: len(reply.text) - len(reply.text.lstrip())]
+            found.append(replace(text, answer=blank + line))
+    return found
 
 
 def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
