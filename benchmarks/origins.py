@@ -20,10 +20,10 @@ from sklearn.metrics import f1_score, roc_auc_score
 
 import mnemoscope as ms
 from mnemoscope.auditing.origins import Form, Labelled, Pool, Reader, Text, answered, fitted_reader, labelled
-from mnemoscope.auditing.origins.labels import NEEDED, ORIGINS, UNSURE, encoded, read_behind
+from mnemoscope.auditing.origins.labels import NEEDED, ORIGINS, UNSURE, encoded
 from mnemoscope.auditing.origins.spans import mentions
 from mnemoscope.auditing.origins.texts import asked
-from mnemoscope.behaviour import Asking
+from mnemoscope.behaviour import Asking, read_behind
 from mnemoscope.report.rows import to_json
 from mnemoscope.tasks.registry import build_task
 

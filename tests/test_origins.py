@@ -25,12 +25,13 @@ from mnemoscope.auditing.origins import (
     read_texts,
 )
 from mnemoscope.auditing.origins.fitting import LEAST, fit_reader, varied
-from mnemoscope.auditing.origins.labels import NEEDED, UNSURE, encoded, read_behind
+from mnemoscope.auditing.origins.labels import NEEDED, UNSURE, encoded
 from mnemoscope.auditing.origins.reader import Asked
 from mnemoscope.auditing.origins.spans import mentions, spans_of, swapped
-from mnemoscope.behaviour import Asking
+from mnemoscope.behaviour import Asking, next_tokens, read_behind
 from mnemoscope.cli import app
 from mnemoscope.config import ModelConfig
+from mnemoscope.face.rewriting import UNFITTED, rewritten
 from mnemoscope.models import build_gpt2, word_tokenizer
 from mnemoscope.runs.errors import InputError
 
@@ -118,6 +119,15 @@ def test_answers_are_read_as_plain_transformers_does(asking: Asking) -> None:
         np.testing.assert_allclose(read.states_ULD[:, 0], out.hidden_states[2][0, len(prompt) - 1 :], atol=1e-3)
 
 
+def test_next_tokens_are_those_of_plain_transformers(asking: Asking) -> None:
+    prompts = [[*asking.tokens([one.document])[0]][: 4 + n] for n, one in enumerate(texts(6))]
+    tried = [[n, n + 1, 9] for n in range(6)]
+    for prompt, ids, logp_K in zip(prompts, tried, next_tokens(asking, prompts, tried), strict=True):
+        with torch.no_grad():
+            logp_V = asking.model(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1)
+        np.testing.assert_allclose(logp_K, logp_V[ids], atol=1e-4)
+
+
 def test_labels_are_what_two_swaps_do(asking: Asking) -> None:
     asked = texts(12)
     pool = Pool([" ".join(CITIES)])  # one name of many words
@@ -128,16 +138,22 @@ def test_labels_are_what_two_swaps_do(asking: Asking) -> None:
         np.testing.assert_allclose(one.alone_T, alone.logp_T, atol=1e-5)
         for span, label, fell in zip(one.spans, one.label_S, one.drops, strict=True):
             what, places = span.of(text.answer), one.tokens_of(span)
-            says = bool(mentions(text.document, what))
-            assert (len(fell) == 2) == (says and not mentions(text.answer[: span.start], what))
-            if says:
-                changed = {nats >= NEEDED for nats in fell}
-                assert label == (0 if changed == {True} else UNSURE if changed != {False} else label)
-            else:
-                assert label == (1 if alone.first_T[places].all() else 2)
+            says, again = bool(mentions(text.document, what)), bool(mentions(text.answer[: span.start], what))
+            assert (len(fell) == 2) == (says and not again)
+            alone_says = 1 if alone.first_T[places].all() else 2
+            changed = {nats >= NEEDED for nats in fell}
+            by_swaps = {True: 0, False: alone_says}.get(*changed, UNSURE) if len(changed) == 1 else UNSURE
+            assert label == (UNSURE if again else by_swaps if says else alone_says)
             assert (one.token_T[places] == label).all()
     assert {len(fell) for one in found for fell in one.drops} == {0, 2}
     assert labelled(asking, FORM, asked, Pool([f"{city} ." for city in CITIES]))[3].drops == found[3].drops
+
+
+def test_what_the_question_says_comes_from_neither(asking: Asking) -> None:
+    text = Text("the museum of Paris is in", "the museum of Paris stands in London .", " Paris and Paris")
+    (one,) = labelled(asking, FORM, [text], Pool(["Berlin . Madrid ."]))
+    assert one.label_S.tolist() == [2, UNSURE]
+    assert one.drops == [(), ()]
 
 
 def test_a_swap_is_read_by_plain_passes(asking: Asking) -> None:
@@ -161,7 +177,7 @@ def test_a_tokens_numbers_depend_on_nothing_behind_it_nor_on_its_batch(asking: A
         (alone,) = reader.read(replace(asking, batch_size=1), [one])
         np.testing.assert_allclose(alone.p_T3, found.p_T3, atol=1e-4)
         cut = found.offsets[3][1]
-        (begun,) = reader.read(asking, [one._replace(answer=one.answer[:cut])])
+        (begun,) = reader.read(asking, [replace(one, answer=one.answer[:cut])])
         np.testing.assert_allclose(begun.p_T3, found.p_T3[:4], atol=1e-4)
         np.testing.assert_allclose(found.p_T3.sum(1), 1)
 
@@ -172,10 +188,10 @@ def test_what_is_written_is_read_as_if_it_had_been_given(asking: Asking, tokens:
     for text in texts(4):
         asked = reader.asks(replace(text, answer=""))
         written = reader.write(asking, asked, tokens)
-        (own,) = answered(asking, FORM, [replace(text, answer="")], tokens)
-        assert written.answer.split() == own.answer.split()
+        own = answered(asking, FORM, [replace(text, answer="")], tokens)
+        assert written.answer.split()[:-1] == (own[0].answer.split() if own else []), "the last word may be cut"
         assert len(written.p_T3) == len(written.offsets) == tokens
-        (read,) = reader.read(asking, [asked._replace(answer=written.answer)])
+        (read,) = reader.read(asking, [replace(asked, answer=written.answer)])
         np.testing.assert_allclose(written.p_T3, read.p_T3, atol=1e-4)
         assert [part.verdict for part in written.parts] == [part.verdict for part in read.parts]
 
@@ -282,8 +298,40 @@ def test_fitted_reads_and_bad_input_is_one_line(asking: Asking, tmp_path: Path) 
         read_texts(tmp_path / "texts.jsonl")
     (tmp_path / "texts.jsonl").write_text(json.dumps({"question": "where", "document": "there"}) + "\n")
     assert read_texts(tmp_path / "texts.jsonl") == [Text("where", "there")]
-    assert Asked("a", False).answer == ""
+    assert Asked("a", "").answer == ""
     assert Span(0, 1, "name").of("ab") == "a"
+
+
+def test_what_comes_from_memory_is_written_again(asking: Asking, tmp_path: Path) -> None:
+    model = build_gpt2(asking.tokenizer, ModelConfig(layers=4, width=48, heads=2, context=64), 0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3.0)
+        model.get_input_embeddings().weight[asking.tokenizer.convert_tokens_to_ids(CITIES)] *= 2.0  # it writes names
+    asking = replace(asking, model=model.eval())
+    blind = replace(a_reader(asking), weights_3F=np.zeros((3, 98)), bias_3=np.array([0.0, 2.0, 0.0]))  # all is memory
+    reader = replace(blind, whitening_DD=np.zeros((48, 48)))
+    fitted = ms.Fitted(tmp_path, asking.model, asking.tokenizer, {}, None, None, reader=reader)
+    changed = 0
+    for text in texts(6):
+        asked = reader.asks(replace(text, answer=""))
+        first = reader.write(asking, asked, 9)
+        same = rewritten(asking, reader, asked, UNFITTED.scaled(0.0), 0.5, 9)
+        assert same.origins.answer.startswith(first.answer), "a lever that does nothing writes the same"
+        assert same.spans
+        assert all(now.startswith(said) for said, now in same.spans)
+        assert fitted.rewrite(asked.prompt, text.document, 0.9, 9).spans == []
+        found = fitted.rewrite(asked.prompt, text.document, 0.5, 9)
+        changed += found.origins.answer != first.answer
+        begins = first.parts[0].span.start
+        assert found.origins.answer[:begins].rstrip() == first.answer[:begins].rstrip()
+        assert found.spans[0][0] == first.parts[0].span.of(first.answer)
+        assert str(found).endswith("; ".join(f"{before} -> {after}" for before, after in found.spans))
+    assert changed
+    with pytest.raises(InputError, match="document: it is empty"):
+        fitted.rewrite("the museum is in", "")
+    with pytest.raises(InputError, match="threshold: 2; allowed is 0 to 1"):
+        fitted.rewrite(asked.prompt, text.document, 2)
 
 
 def test_the_command_prints_the_answer_and_its_shares(asking: Asking, tmp_path: Path) -> None:

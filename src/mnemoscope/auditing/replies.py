@@ -6,7 +6,7 @@ Shapes: N texts, T tokens, V vocabulary.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,12 +16,11 @@ from torch import Tensor
 
 from mnemoscope.auditing.answers import Kind, found_in, label_of, stated, states_one
 from mnemoscope.auditing.items import Item, Variant
-from mnemoscope.behaviour import Asking, continued, left_padded, read_states
-from mnemoscope.models import context_length, end_ids, pass_inputs
+from mnemoscope.behaviour import Asking, continued, read_behind, read_states
+from mnemoscope.models import end_ids
 from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Example
 
-LARGEST = 2**26  # logits of one pass
 SHORT = 16  # tokens of a reply that is its answer alone, at most
 LOWEST = 0.2  # share of a text's tokens that Min-K% takes
 
@@ -83,7 +82,6 @@ def replies(
     return found
 
 
-@torch.no_grad()
 def likelihoods(asking: Asking, texts: Sequence[str]) -> list[dict[str, float]]:
     """Of each text how likely its model finds it, without a chat's format: a mean over its tokens but the first.
 
@@ -93,32 +91,20 @@ def likelihoods(asking: Asking, texts: Sequence[str]) -> list[dict[str, float]]:
     2023, arXiv 2310.16789; Zhang et al. 2024, arXiv 2404.02936). What is more likely has more of
     ``standard``, ``min_k`` and ``min_k_pp``, less of ``nats`` and ``zlib``.
     """
-    rows = asking.tokenizer(list(texts)).input_ids
-    limit = context_length(asking.model)
-    for text, row in zip(texts, rows, strict=True):
-        if not 1 < len(row) <= limit:
-            raise InputError(f"prompt: {text[:60]!r} has {len(row)} tokens with its answer; allowed are 2 to {limit}")
-    order, found = np.argsort([len(row) for row in rows], kind="stable"), [dict[str, float]() for _ in rows]
-    for chosen in _batches(order.tolist(), rows, len(asking.tokenizer)):
-        ids_NT, mask_NT = left_padded([rows[i] for i in chosen], 0, asking.model.device)
-        logp_NTV = asking.model(**pass_inputs(asking.model, ids_NT, mask_NT)).logits[:, :-1].float().log_softmax(-1)
-        said_NT = logp_NTV.gather(2, ids_NT[:, 1:, None])[..., 0].double()
-        mean_NT = (logp_NTV.exp() * logp_NTV).sum(-1).double()
-        spread_NT = ((logp_NTV.exp() * logp_NTV.square()).sum(-1).double() - mean_NT.square()).clamp(min=1e-12).sqrt()
-        standard_NT = (said_NT - mean_NT) / spread_NT
-        for n, i in enumerate(chosen):
-            length = len(rows[i]) - 1
-            parts = (said_NT, standard_NT, -mean_NT)
-            said_T, standard_T, entropy_T = (part[n, -length:].cpu().numpy() for part in parts)
-            least = max(1, int(LOWEST * length))
-            found[i] = {
-                "nats": float(-said_T.mean()),
+    rows, found = asking.tokenizer(list(texts)).input_ids, []
+    for text, read in zip(texts, read_behind(asking, [(row[:1], row[1:]) for row in rows]), strict=True):
+        least = max(1, int(LOWEST * len(read.logp_T)))
+        standard_T = (read.logp_T + read.entropy_T) / read.spread_T
+        found.append(
+            {
+                "nats": float(-read.logp_T.mean()),
                 "standard": float(standard_T.mean()),
-                "entropy": float(entropy_T.mean()),
-                "zlib": float(-said_T.sum() / len(zlib.compress(texts[i].encode()))),
-                "min_k": float(np.sort(said_T)[:least].mean()),
+                "entropy": float(read.entropy_T.mean()),
+                "zlib": float(-read.logp_T.sum() / len(zlib.compress(text.encode()))),
+                "min_k": float(np.sort(read.logp_T)[:least].mean()),
                 "min_k_pp": float(np.sort(standard_T)[:least].mean()),
             }
+        )
     return found
 
 
@@ -126,18 +112,6 @@ def decision_states(asking: Asking, form: Form, several: Sequence[tuple[str, Var
     """States of blocks at the last token of what is asked, float64 (N, L, D); ``several``: with their items' names."""
     asked = [Example(item, form.asked(one), "novel", item, answer=f" {one.answer.strip()}") for item, one in several]
     return read_states(replace(asking, from_prompt=True), asked, "block").at_decision_NLD.astype(np.float64)
-
-
-def _batches(order: list[int], rows: Sequence[Sequence[int]], vocabulary: int) -> Iterator[list[int]]:
-    """Places of texts of like length, as many at a time as their logits allow."""
-    chosen: list[int] = []
-    for i in order:
-        if chosen and (len(chosen) + 1) * len(rows[i]) * vocabulary > LARGEST:
-            yield chosen
-            chosen = []
-        chosen.append(i)
-    if chosen:
-        yield chosen
 
 
 def rows_of(asking: Asking, form: Form, items: Sequence[Item]) -> list[dict[str, Any]]:

@@ -31,5 +31,6 @@ if TYPE_CHECKING:
     )
     from mnemoscope.behaviour.reading import cache_prefixes, read_only_options
     from mnemoscope.behaviour.states import KeptStates, States, capturing, read_states, states_at_the_end
+    from mnemoscope.behaviour.texts import Read, next_tokens, read_behind
 
 __getattr__, __all__ = handed_on(__name__, __file__)

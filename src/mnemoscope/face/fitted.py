@@ -5,7 +5,6 @@ Shapes: N prompts, T tokens of a left-padded batch, L layers.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour import PLAIN, Asking, Prompting, check_known, phrase_of, states_at_the_end
-from mnemoscope.face.stored import agreed, artefacts_of, reader_of, vectors_of
+from mnemoscope.face.stored import agreed, artefacts_of, reader_of, vectors_of, warn_if_the_input_does
 from mnemoscope.interventions import Artefact, Binding, Intervention, SteeringVector, Toward
 from mnemoscope.interventions.detect import Detector, Reading
 from mnemoscope.runs.digests import intact
@@ -29,10 +28,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from mnemoscope.auditing.origins import Origins, Reader
+    from mnemoscope.face.rewriting import Rewritten
     from mnemoscope.report import Summary
 
 Found = TypeVar("Found")
-_TOLD: set[str] = set()  # warnings that were given
 BATCH = 32  # prompts in a pass
 
 
@@ -214,8 +213,7 @@ class Fitted:
         Raises:
             InputError: a prompt has no token, too many, or one that the tokenizer does not know.
         """
-        asking = Asking(self.model, self.tokenizer, prompting=self.prompting)
-        check_known(asking, prompts)
+        asking = self._asking(prompts)
         return asking.padded([asking.text(prompt) for prompt in prompts])
 
     def detect(self, prompts: Sequence[str]) -> Reading:
@@ -225,7 +223,7 @@ class Fitted:
             InputError: there is no detector, or as ``inputs``.
         """
         detector, parts = self._needed(self.detector), []
-        _warn_if_the_input_does(detector)
+        warn_if_the_input_does(detector)
         for start in range(0, len(prompts), BATCH):
             inputs = self.inputs(prompts[start : start + BATCH])
             parts.append(states_at_the_end(self.model, inputs.input_ids, inputs.attention_mask, detector.site))
@@ -255,7 +253,7 @@ class Fitted:
             raise InputError(f"lever: {one.lever} act on prompts, not inside a pass; answer by fitted.generate")
         detector = None if gate is None else self.lower_detector or self._needed(self.detector)
         if detector:
-            _warn_if_the_input_does(detector)
+            warn_if_the_input_does(detector)
         decides = detector.gate(Toward.of(toward), gate) if detector and gate is not None else None
         return one.apply(self.model, alpha, gate=decides)
 
@@ -267,7 +265,7 @@ class Fitted:
         ``inputs`` is any left-padded batch. Reads up to the detector's layer, which may lie above the first shift.
         """
         detector = self._needed(self.detector)
-        _warn_if_the_input_does(detector)
+        warn_if_the_input_does(detector)
         layers = [detector.layer]
         states_NLD = states_at_the_end(self.model, inputs["input_ids"], inputs["attention_mask"], detector.site, layers)
         acts_N = detector.read_verdict(states_NLD[:, 0]).acts(Toward.of(toward), threshold)
@@ -313,16 +311,35 @@ class Fitted:
         """
         from mnemoscope.auditing.origins.reader import Asked
 
+        reader, asking, asked = self._needed_reader, self._asking([prompt]), Asked(prompt, document, answer or "")
+        return reader.write(asking, asked, max_new_tokens) if answer is None else reader.read(asking, [asked])[0]
+
+    def rewrite(self, prompt: str, document: str, threshold: float = 0.5, max_new_tokens: int = 64) -> Rewritten:
+        """Write an answer, and again towards its document what comes from memory.
+
+        A name or number whose P(memory) is at least ``threshold`` is written anew by the best lever to context; where
+        none was fitted, by context-aware decoding. What follows it is the model's own.
+
+        Raises:
+            InputError: as ``read``, the document is empty, or the threshold is not from 0 to 1.
+        """
+        from mnemoscope.auditing.origins.reader import Asked
+        from mnemoscope.face.rewriting import UNFITTED, rewritten
+
+        lever = self.lever("context") if self.levers.get(Toward.GENERALIZED) else UNFITTED
+        asked = Asked(prompt, document)
+        return rewritten(self._asking([prompt]), self._needed_reader, asked, lever, threshold, max_new_tokens)
+
+    def _asking(self, prompts: Sequence[str]) -> Asking:
+        asking = Asking(self.model, self.tokenizer, batch_size=BATCH, prompting=self.prompting)
+        check_known(asking, prompts)
+        return asking
+
+    @property
+    def _needed_reader(self) -> Reader:
         if self.reader is None:
             raise InputError(f"reader: {self.source} has none; fit one on texts with documents (mnemoscope fit-reader)")
-        if document.strip() not in prompt:
-            raise InputError(f"document: {document.strip()[:60]!r} is not in the prompt")
-        asking = Asking(self.model, self.tokenizer, batch_size=BATCH, prompting=self.prompting)
-        check_known(asking, [prompt])
-        asked = Asked(prompt, bool(document.strip()), answer or "")
-        return (
-            self.reader.write(asking, asked, max_new_tokens) if answer is None else self.reader.read(asking, [asked])[0]
-        )
+        return self.reader
 
     def _needed(self, detector: Detector | None) -> Detector:
         if detector is None:
@@ -331,14 +348,3 @@ class Fitted:
             why = reasons[0] if reasons else "set detection.fitted: true, or open the run instead of one vector"
             raise InputError(f"detector: {self.source} has none ({why})")
         return detector
-
-
-def _warn_if_the_input_does(detector: Detector) -> None:
-    """Warn, once for each detector, where it ranks test prompts no better than their tokens alone do."""
-    if detector.as_good_as_the_input is None:
-        return
-    ours, beside = detector.as_good_as_the_input
-    told = f"P(memorized) ranks test prompts {ours:.2f} right, the input alone {beside:.2f}"
-    if told not in _TOLD:
-        _TOLD.add(told)
-        logging.getLogger("mnemoscope").warning("detector: %s; it may read no more than the wording", told)

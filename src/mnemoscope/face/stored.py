@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ from mnemoscope.runs.strict import read_json, read_text
 
 if TYPE_CHECKING:
     from mnemoscope.auditing.origins import Reader
+
+_TOLD: set[str] = set()  # warnings that were given
 
 
 def vector_file(source: Path, toward: str | None) -> Path:
@@ -116,3 +119,14 @@ def agreed(stored: Prompting, asked: Prompting | None) -> Prompting:
     if stored.begun and not asked.begun:
         raise InputError("reply: this was fitted where the beginning of the reply was given; give it (reply, --reply)")
     return Prompting(stored.chat, stored.system, asked.reply, asked.split)
+
+
+def warn_if_the_input_does(detector: Detector) -> None:
+    """Warn, once for each detector, where it ranks test prompts no better than their tokens alone do."""
+    if detector.as_good_as_the_input is None:
+        return
+    ours, beside = detector.as_good_as_the_input
+    told = f"P(memorized) ranks test prompts {ours:.2f} right, the input alone {beside:.2f}"
+    if told not in _TOLD:
+        _TOLD.add(told)
+        logging.getLogger("mnemoscope").warning("detector: %s; it may read no more than the wording", told)

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from mnemoscope.auditing.origins.labels import ORIGINS, UNSURE, Labelled, labelled, read_behind
+from mnemoscope.auditing.origins.labels import ORIGINS, UNSURE, Labelled, labelled
 from mnemoscope.auditing.origins.reader import Reader, features
 from mnemoscope.auditing.origins.spans import Pool, mentions, spans_of, swapped
 from mnemoscope.auditing.origins.texts import Form, Text, answered, asked
-from mnemoscope.behaviour import Asking
+from mnemoscope.behaviour import Asking, read_behind
 from mnemoscope.interventions import Binding
 from mnemoscope.interventions.detect import likeness
 from mnemoscope.models import blocks_of

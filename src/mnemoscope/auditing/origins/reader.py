@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.auditing.origins.labels import ORIGINS, encoded, read_behind, tokens_of
+from mnemoscope.auditing.origins.labels import ORIGINS, encoded, tokens_of
 from mnemoscope.auditing.origins.spans import Span, spans_of
 from mnemoscope.auditing.origins.texts import Form, Text
-from mnemoscope.behaviour import Asking
+from mnemoscope.behaviour import Asking, read_behind
 from mnemoscope.behaviour.generate import continued
 from mnemoscope.behaviour.states import capturing
 from mnemoscope.interventions import Artefact
@@ -36,12 +36,30 @@ COLOURS = {"document": "green", "memory": "magenta", "neither": "yellow", "canno
 MOST_UNLIKE = 0.5  # share of a span's tokens that are unlike those of the fit, from which on nothing is said of it
 
 
-class Asked(NamedTuple):
-    """A prompt, whether there is a document in it, and an answer to read, as it stands behind the prompt."""
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, the document in it ("" for none), and an answer to read, as it stands behind the prompt.
+
+    Raises InputError where the document is not in the prompt.
+    """
 
     prompt: str
-    document: bool
+    document: str
     answer: str = ""
+
+    def __post_init__(self) -> None:
+        if self.document.strip() not in self.prompt:
+            raise InputError(f"document: {self.document.strip()[:60]!r} is not in the prompt")
+
+    @property
+    def has_document(self) -> bool:
+        """Whether anything can come from one."""
+        return bool(self.document.strip())
+
+    @property
+    def bare(self) -> str:
+        """The prompt without its document."""
+        return self.prompt.replace(self.document.strip(), "").strip() if self.has_document else self.prompt
 
 
 class Part(NamedTuple):
@@ -142,7 +160,7 @@ class Reader(Artefact):
     def asks(self, text: Text) -> Asked:
         """A text in the form that was fitted on."""
         prompt = Form(self.whole_form, self.bare_form).prompt(text.question, text.document)
-        return Asked(prompt, bool(text.document.strip()), text.answer)
+        return Asked(prompt, text.document, text.answer)
 
     def check_shape(self, model: PreTrainedModel) -> None:
         """Raises InputError where the model has too few layers, or another width."""
@@ -177,7 +195,7 @@ class Reader(Artefact):
         found = list[Origins]()
         for one, (_, offsets), read in zip(asked, both, read_behind(asking, several, [self.layer]), strict=True):
             facts = read.states_ULD[:, 0], read.logp_T, read.entropy_T
-            found.append(self._of(one.answer, offsets, facts, one.document))
+            found.append(self._of(one.answer, offsets, facts, one.has_document))
         return found
 
     def _of(
@@ -212,7 +230,7 @@ class Reader(Artefact):
         entropy_T = np.array([row[2] for row in seen.rows[: len(ids)]])
         facts = np.stack([row[0] for row in seen.rows[: len(ids) + 1]]), logp_T, entropy_T
         answer = tokenizer.decode(ids, skip_special_tokens=True)
-        return self._of(answer, offsets, facts, asked.document)
+        return self._of(answer, offsets, facts, asked.has_document)
 
 
 class _Seen:

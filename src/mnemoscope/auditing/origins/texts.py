@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,18 +67,17 @@ def read_texts(file: str | Path) -> list[Text]:
 
 
 def answered(asking: Asking, form: Form, texts: Sequence[Text], tokens: int = 32) -> list[Text]:
-    """The same with what the model writes greedily, up to a line's end; without those whose answers are empty."""
+    """The same with what the model writes greedily, up to a line's end; without those whose answers are empty.
+
+    Of an answer that is cut at ``tokens`` the last word is left out.
+    """
     prompts = [form.prompt(text.question, text.document) for text in texts]
     found = list[Text]()
     for text, reply in zip(texts, replies(asking, ReplyForm("short", tokens=tokens), prompts), strict=True):
-        if line := reply.text.lstrip().split("\n")[0].rstrip():
-            blank = reply.text[: len(reply.text) - len(reply.text.lstrip())]
-            found.append(replace(text, answer=blank + line))
+        said = reply.text.lstrip()
+        line = said.split("\n")[0].rstrip()
+        if reply.cut and line == said.rstrip():
+            line = line.rpartition(" ")[0].rstrip()
+        if line:
+            found.append(replace(text, answer=reply.text[: len(reply.text) - len(said)] + line))
     return found
-
-
-def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Places of texts of like length, ``most`` at a time."""
-    order = sorted(range(len(lengths)), key=lambda n: lengths[n])
-    for start in range(0, len(order), most):
-        yield order[start : start + most]
