@@ -81,8 +81,12 @@ def _costs(logits_TV: Tensor, ids: list[int]) -> tuple[np.ndarray, np.ndarray, n
     logp_TV = logits_TV.float().log_softmax(-1)
     said_T = logp_TV.gather(1, torch.tensor(ids, device=logp_TV.device)[:, None])[:, 0]
     mean_T, square_T = ((logp_TV.exp() * part_TV).sum(-1).double() for part_TV in (logp_TV, logp_TV.square()))
-    spread_T = (square_T - mean_T.square()).clamp(min=1e-12).sqrt()
-    parts = said_T.double(), -mean_T, spread_T, said_T == logp_TV.max(-1).values
+    parts = (
+        said_T.double(),
+        -mean_T,
+        (square_T - mean_T.square()).clamp(min=1e-12).sqrt(),
+        said_T == logp_TV.max(-1).values,
+    )
     logp_T, entropy_T, spread_T, first_T = (part_T.cpu().numpy() for part_T in parts)
     return logp_T, entropy_T, spread_T, first_T
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ _FORM = "How a question is asked about a document: a text with {document} and {q
 _BARE = "How it is asked without one."
 _DOCUMENT = "A file with the document; none: nothing comes from one."
 _READER = "A folder with a reader, see fit-reader, or its file."
+_REWRITE = "Write again, towards the document, what comes from memory with this probability or more."
 _ANSWER = "The answer to read, as it stands behind the prompt; default: what the model writes."
 
 
@@ -42,7 +43,7 @@ def fit_reader(
     out.mkdir(parents=True, exist_ok=True)
     path = reader.save(out / "reader.safetensors")[0]
     told = ", ".join(f"{number:g} {name}" for name, number in reader.figures.items() if name != "loss")
-    say(how.as_json, f"{told} names and numbers, block {reader.layer}\n{path}", reader=path, figures=reader.figures)
+    say(how.as_json, f"{told} names and numbers, blocks {reader.layers}\n{path}", reader=path, figures=reader.figures)
 
 
 @app.command()
@@ -55,36 +56,51 @@ def read(
     document: Annotated[Path | None, typer.Option(help=_DOCUMENT)] = None,
     answer: Annotated[str | None, typer.Option(help=_ANSWER)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer that is written, at most.")] = 64,
+    rewrite: Annotated[float | None, typer.Option(min=0, max=1, help=_REWRITE)] = None,
 ) -> None:
     """Tell where each name and number of an answer comes from: the document, memory, or neither."""
     from rich.console import Console
     from rich.text import Text as Coloured
 
     from mnemoscope.auditing.origins import Text
-    from mnemoscope.auditing.origins.reader import COLOURS
+    from mnemoscope.auditing.origins.reader import COLOURS, MARKS
     from mnemoscope.runs.strict import read_text
 
+    if answer is not None and rewrite is not None:
+        raise InputError("rewrite: an answer that is given is read, not written; leave out one of the two")
     if document is not None and not document.is_file():
         raise InputError(f"document: the file {document} does not exist")
     said = read_text(document) if document is not None else ""
     fitted = ms.Fitted.open(source, *open_model(model, how), prompting=formatted(how), force=how.force)
     if fitted.reader is None:
         raise InputError(f"from: {source} has no reader; fit one on texts with documents (mnemoscope fit-reader)")
-    found = fitted.read(fitted.reader.asks(Text(question, said)).prompt, said, answer, max_new_tokens)
+    prompt, again = fitted.reader.asks(Text(question, said)).prompt, list[tuple[str, str]]()
+    if rewrite is None:
+        found = fitted.read(prompt, said, answer, max_new_tokens)
+    else:
+        anew = fitted.rewrite(prompt, said, rewrite, max_new_tokens)
+        found, again = anew.origins, anew.spans
+    line = found.line + "".join(f"; {before} was written again: {after}" for before, after in again)
     if Console().is_terminal and not how.as_json:
         text = Coloured(found.answer)
         for part in found.parts:
             text.stylize(COLOURS[part.verdict], part.span.start, part.span.end)
-        Console().print(text, Coloured(found.line), sep="\n")
+        Console().print(text, Coloured(line), sep="\n")
         return
     parts = [
         {"text": part.span.of(found.answer), "start": part.span.start, "end": part.span.end, "verdict": part.verdict}
         | {"p_document": part.p_3[0], "p_memory": part.p_3[1], "p_neither": part.p_3[2]}
         for part in found.parts
     ]
-    facts = {"model": model, "weights": weights_note(model), "answer": found.answer, "shares": found.shares}
+    facts: dict[str, Any] = {
+        "model": model,
+        "weights": weights_note(model),
+        "answer": found.answer,
+        "shares": found.shares,
+    }
+    facts["written_again"] = [{"before": before, "after": after} for before, after in again]
     tokens = [
         {"start": start, "end": end, "p": p_3.tolist(), "unlike": bool(unlike)}
         for (start, end), p_3, unlike in zip(found.offsets, found.p_T3, found.unlike_T, strict=True)
     ]
-    say(how.as_json, found, **facts, parts=parts, tokens=tokens)
+    say(how.as_json, f"{found.marked(MARKS)}\n{line}", **facts, parts=parts, tokens=tokens)

@@ -35,11 +35,6 @@ class Rewritten:
     first: Origins
     spans: list[tuple[str, str]]
 
-    def __str__(self) -> str:
-        """The answer with its names and numbers marked, its shares, and what was written again."""
-        told = "; ".join(f"{before} -> {after}" for before, after in self.spans) or "nothing"
-        return f"{self.origins}\nwritten again: {told}"
-
 
 def rewritten(
     asking: Asking, reader: Reader, asked: Asked, lever: Intervention, threshold: float, tokens: int

@@ -178,7 +178,7 @@ class DetectorFacts(ArtefactFacts):  # the JSON of a detector
 
 
 class ReaderFacts(ArtefactFacts):  # the JSON of a reader of answers
-    layer: int
+    layers: list[int]
     whole_form: str
     bare_form: str
     figures: dict[str, float]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mnemoscope.auditing.origins.labels import ORIGINS, UNSURE, Labelled, labelled
-from mnemoscope.auditing.origins.reader import Reader, features
+from mnemoscope.auditing.origins.reader import Reader
 from mnemoscope.auditing.origins.spans import Pool, mentions, spans_of, swapped
 from mnemoscope.auditing.origins.texts import Form, Text, answered, asked
 from mnemoscope.behaviour import Asking, read_behind
@@ -21,37 +21,54 @@ from mnemoscope.interventions.detect import likeness
 from mnemoscope.models import blocks_of
 from mnemoscope.runs.errors import InputError
 
-PLACES = (0.3, 0.4, 0.5, 0.6)  # of all blocks, one of which is read
+PLACES = ((0.4,), (0.55,), (0.4, 0.55))  # of all blocks, of which one or two are read
 STRENGTHS = (1e-4, 1e-3, 1e-2)  # inverse, of the penalty on standardized weights
 BESIDE = 0.25  # weight of a token outside names and numbers
 SURENESS = 10.0  # weight of log probability and entropy beside states, of which there are many
-TUNE, LEAST = 0.3, 20  # share of groups that are chosen on; spans of each origin that a fit needs
+FOLDS, LEAST = 5, 20  # of groups, each left out once; spans of each origin that a fit needs
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of labelled answers: features by layer (L of (N, F)), labels, weights, and the text of each."""
+    """Tokens of labelled answers: states before and at each by layer, float32 (N, L, 2, D), log probability and entropy
+    (N, 2), labels, weights, and the group of each; those that are ``UNSURE`` are left out.
+    """
 
-    x_LNF: list[np.ndarray]
+    states_NL2D: np.ndarray
+    sure_N2: np.ndarray
     label_N: np.ndarray
     weight_N: np.ndarray
-    text_N: np.ndarray
+    group_N: np.ndarray
 
     @classmethod
     def of(cls, asking: Asking, form: Form, several: Sequence[Labelled], layers: Sequence[int]) -> Tokens:
-        """Read labelled answers once; tokens that are ``UNSURE`` are left out."""
+        """Read labelled answers once."""
         read = read_behind(asking, [(asked(asking, form, one.text), one.ids) for one in several], layers)
-        rows: list[list[np.ndarray]] = [[] for _ in layers]
+        states, sure = list[np.ndarray](), list[np.ndarray]()
         for one in read:
-            for place, part in enumerate(rows):
-                part.append(features(one.states_ULD[:, place], one.logp_T, one.entropy_T))
+            states.append(np.stack([one.states_ULD[:-1], one.states_ULD[1:]], axis=2))
+            sure.append(np.stack([one.logp_T, one.entropy_T], axis=1))
         inside = [np.isin(np.arange(len(one.ids)), [p for s in one.spans for p in one.tokens_of(s)]) for one in several]
         label_N = np.concatenate([one.token_T for one in several])
-        text_N = np.repeat(np.arange(len(several)), [len(one.ids) for one in several])
-        kept_N = label_N != UNSURE
-        x_LNF = [np.concatenate(part)[kept_N] for part in rows]
-        weight_N = np.where(np.concatenate(inside), 1.0, BESIDE)
-        return cls(x_LNF, label_N[kept_N], weight_N[kept_N], text_N[kept_N])
+        groups = [one.text.group or one.text.document for one in several]
+        group_N = np.repeat(np.unique(groups, return_inverse=True)[1], [len(one.ids) for one in several])
+        parts = np.concatenate(states), np.concatenate(sure), label_N, np.where(np.concatenate(inside), 1.0, BESIDE)
+        return cls(*(part[label_N != UNSURE] for part in (*parts, group_N)))
+
+    def features(self, places: Sequence[int]) -> np.ndarray:
+        """Of some layers, as ``reader.features`` has them, float32 (N, F)."""
+        states_NF = self.states_NL2D[:, places].reshape(len(self.label_N), -1)
+        return np.concatenate([states_NF, self.sure_N2], axis=1, dtype=np.float32)
+
+    def folds(self, seed: int) -> np.ndarray:
+        """A fold for each token, that of its group."""
+        drawn = np.random.default_rng([seed, 73]).permutation(self.group_N.max() + 1)
+        return drawn[self.group_N] % FOLDS
+
+    def halves(self, place: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """States before tokens of a layer (N, D): those of all folds but one, and of this one."""
+        before_ND, last_N = self.states_NL2D[:, place, 0], self.folds(seed) == 0
+        return before_ND[~last_N], before_ND[last_N]
 
 
 def varied(texts: Sequence[Text], pool: Pool, seed: int) -> list[Text]:
@@ -92,52 +109,66 @@ def fit_reader(asking: Asking, form: Form, texts: Sequence[Text], seed: int = 0,
 
 
 def fitted_reader(asking: Asking, form: Form, several: Sequence[Labelled], seed: int = 0) -> Reader:
-    """Fit on labelled answers: layer and penalty are chosen, and probabilities calibrated, on a part of the groups."""
+    """Fit on labelled answers; blocks, penalty and calibration are those that do best on groups that were left out."""
     counts = np.bincount(np.concatenate([one.label_S for one in several]) + 1, minlength=4)[1:]
     if short := [f"{n} from {name}" for n, name in zip(counts, ORIGINS, strict=True) if n < LEAST]:
         raise InputError(f"texts: {', '.join(short)} of {counts.sum()} names and numbers; {LEAST} of each are needed")
     blocks = len(blocks_of(asking.model))
-    layers = sorted({int(blocks * place) for place in PLACES})
+    layers = sorted({int(blocks * place) for places in PLACES for place in places})
     tokens = Tokens.of(asking, form, several, layers)
-    groups = sorted({one.text.group or one.text.document for one in several})
-    drawn = np.random.default_rng([seed, 73]).permutation(len(groups))
-    chosen = {groups[n] for n in drawn[: max(1, round(TUNE * len(groups)))]}
-    tune_N = np.array([(one.text.group or one.text.document) in chosen for one in several])[tokens.text_N]
-    fits = [(place, strength) for place in range(len(layers)) for strength in STRENGTHS]
-    probes = [_probe(tokens, place, strength, tune_N) for place, strength in fits]
-    loss, weights_3F, bias_3, place = min(probes, key=lambda one: one[0])
-    before_ND = tokens.x_LNF[place][:, : (tokens.x_LNF[place].shape[1] - 2) // 2]
-    like = likeness(before_ND[~tune_N], before_ND[tune_N])
+    chosen = [sorted({layers.index(int(blocks * place)) for place in places}) for places in PLACES]
+    fits = [_Fit.of(tokens, places, strength, seed) for places in chosen for strength in STRENGTHS]
+    best = min(fits, key=lambda one: one.loss)
+    like = likeness(*tokens.halves(best.places[0], seed))
     binding = Binding.of(asking.model, asking.tokenizer)
-    figures = {"loss": loss, **{name: float(n) for name, n in zip(ORIGINS, counts, strict=True)}}
+    figures = {"loss": best.loss, **{name: float(n) for name, n in zip(ORIGINS, counts, strict=True)}}
     made: dict[str, Any] = {"whole_form": form.form, "bare_form": form.bare, "figures": figures, "binding": binding}
-    return Reader(layers[place], weights_3F, bias_3, *like, prompting=asking.prompting, **made)
+    read = [layers[place] for place in best.places]
+    return Reader(read, best.weights_3F, best.bias_3, *like, prompting=asking.prompting, **made)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A calibrated probe of some layers, and its log loss on groups that were left out, nats a token."""
+
+    places: list[int]
+    loss: float
+    weights_3F: np.ndarray
+    bias_3: np.ndarray
+
+    @classmethod
+    def of(cls, tokens: Tokens, places: list[int], strength: float, seed: int) -> _Fit:
+        from scipy.optimize import minimize_scalar
+        from scipy.special import log_softmax
+
+        x_NF, label_N, weight_N = tokens.features(places), tokens.label_N, tokens.weight_N
+        fold_N, left_N3 = tokens.folds(seed), np.zeros((len(label_N), len(ORIGINS)))
+        for fold in range(FOLDS):
+            out_N = fold_N == fold
+            weights_3F, bias_3 = _probe(x_NF[~out_N], label_N[~out_N], weight_N[~out_N], strength)
+            left_N3[out_N] = x_NF[out_N] @ weights_3F.T + bias_3
+
+        def loss(log_factor: float) -> float:
+            logp_N3 = log_softmax(np.exp(log_factor) * left_N3, axis=1)
+            return float(-np.average(logp_N3[np.arange(len(label_N)), label_N], weights=weight_N))
+
+        best = minimize_scalar(loss, bounds=(-3.0, 2.0), method="bounded")
+        weights_3F, bias_3 = _probe(x_NF, label_N, weight_N, strength)
+        factor = float(np.exp(best.x))
+        return cls(places, float(best.fun), factor * weights_3F, factor * bias_3)
 
 
 def _probe(
-    tokens: Tokens, place: int, strength: float, tune_N: np.ndarray
-) -> tuple[float, np.ndarray, np.ndarray, int]:
-    """Log loss on tune, weights and biases of a calibrated probe, and its place among the layers."""
-    from scipy.optimize import minimize_scalar
-    from scipy.special import log_softmax
+    x_NF: np.ndarray, label_N: np.ndarray, weight_N: np.ndarray, strength: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and biases of a logistic regression."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    x_NF, fit_N = tokens.x_LNF[place], ~tune_N
-    scaler = StandardScaler().fit(x_NF[fit_N])
+    scaler = StandardScaler().fit(x_NF)
     scaler.scale_[-2:] /= SURENESS
-    probe = LogisticRegression(C=strength, max_iter=500)
-    probe.fit(scaler.transform(x_NF[fit_N]), tokens.label_N[fit_N], sample_weight=tokens.weight_N[fit_N])
+    probe = LogisticRegression(C=strength, max_iter=300).fit(scaler.transform(x_NF), label_N, sample_weight=weight_N)
     if len(probe.classes_) < len(ORIGINS):
-        raise InputError("texts: the groups that are fitted on lack an origin; give more texts")
+        raise InputError("texts: a part of the groups lacks an origin; give more texts")
     weights_3F = probe.coef_ / scaler.scale_
-    bias_3 = probe.intercept_ - weights_3F @ scaler.mean_
-    logits_N3, label_N, weight_N = x_NF[tune_N] @ weights_3F.T + bias_3, tokens.label_N[tune_N], tokens.weight_N[tune_N]
-
-    def loss(log_factor: float) -> float:
-        logp_N3 = log_softmax(np.exp(log_factor) * logits_N3, axis=1)
-        return float(-np.average(logp_N3[np.arange(len(label_N)), label_N], weights=weight_N))
-
-    best = minimize_scalar(loss, bounds=(-3.0, 2.0), method="bounded")
-    factor = float(np.exp(best.x))
-    return float(best.fun), factor * weights_3F, factor * bias_3, place
+    return weights_3F, probe.intercept_ - weights_3F @ scaler.mean_

@@ -127,7 +127,7 @@ class Reader(Artefact):
     """A calibrated probe.
 
     Attributes:
-        layer: the block that is read.
+        layers: the blocks that are read.
         weights_3F, bias_3: ``p = softmax(weights @ x + bias)``, float64; see ``features``.
         mean_D, whitening_DD: a token is unlike those of the fit where ``|(state before it - mean) @ whitening|`` is
             above 1.
@@ -135,7 +135,7 @@ class Reader(Artefact):
         figures: of the tune split.
     """
 
-    layer: int
+    layers: Sequence[int]
     weights_3F: np.ndarray = field(repr=False)
     bias_3: np.ndarray = field(repr=False)
     mean_D: np.ndarray = field(repr=False)
@@ -151,7 +151,11 @@ class Reader(Artefact):
 
     def __post_init__(self) -> None:
         neurons = len(self.mean_D)
-        shapes = {"weights_3F": (3, 2 * neurons + 2), "bias_3": (3,), "whitening_DD": (neurons, neurons)}
+        shapes = {
+            "weights_3F": (3, 2 * len(self.layers) * neurons + 2),
+            "bias_3": (3,),
+            "whitening_DD": (neurons, neurons),
+        }
         for name, shape in shapes.items():
             stored = getattr(self, name)
             if stored.shape != shape or not np.isfinite(stored).all():
@@ -165,8 +169,8 @@ class Reader(Artefact):
     def check_shape(self, model: PreTrainedModel) -> None:
         """Raises InputError where the model has too few layers, or another width."""
         layers, width = len(blocks_of(model)), site_width(model, 0, "block")
-        if self.layer >= layers or len(self.mean_D) != width:
-            what = f"{len(self.mean_D)} neurons of block {self.layer}"
+        if max(self.layers) >= layers or len(self.mean_D) != width:
+            what = f"{len(self.mean_D)} neurons of block {max(self.layers)}"
             raise InputError(f"reader: it reads {what}, this model has {layers} blocks of {width}")
 
     def p_of(self, x_TF: np.ndarray, document: bool) -> np.ndarray:
@@ -193,8 +197,8 @@ class Reader(Artefact):
         prompts = asking.tokens([asking.text(one.prompt) for one in asked])
         several = [(prompt, ids) for prompt, (ids, _) in zip(prompts, both, strict=True)]
         found = list[Origins]()
-        for one, (_, offsets), read in zip(asked, both, read_behind(asking, several, [self.layer]), strict=True):
-            facts = read.states_ULD[:, 0], read.logp_T, read.entropy_T
+        for one, (_, offsets), read in zip(asked, both, read_behind(asking, several, self.layers), strict=True):
+            facts = read.states_ULD, read.logp_T, read.entropy_T
             found.append(self._of(one.answer, offsets, facts, one.has_document))
         return found
 
@@ -205,7 +209,7 @@ class Reader(Artefact):
         facts: tuple[np.ndarray, np.ndarray, np.ndarray],
         document: bool,
     ) -> Origins:
-        return Origins(answer, offsets, self.p_of(features(*facts), document), self.unlike(facts[0][:-1]))
+        return Origins(answer, offsets, self.p_of(features(*facts), document), self.unlike(facts[0][:-1, 0]))
 
     @torch.no_grad()
     def write(self, asking: Asking, asked: Asked, tokens: int = 64) -> Origins:
@@ -216,37 +220,44 @@ class Reader(Artefact):
         """
         prompt = asking.padded([asking.text(asked.prompt)])
         seen, model, tokenizer = _Seen(), asking.model, asking.tokenizer
-        with capturing(model, "block", [self.layer], offsets=(0,)) as states:
+        with capturing(model, "block", self.layers, offsets=(0,)) as states:
             seen.states = states
             ids_NT, _, width = continued(model, tokenizer, prompt, tokens + 1, processors=[seen])
         ids, ends = ids_NT[0, width:].tolist(), end_ids(model, tokenizer)
-        written = min(next((n for n, one in enumerate(ids) if one in ends), len(ids)), len(seen.rows) - 1)
+        written = min(next((n for n, one in enumerate(ids) if one in ends), len(ids)), len(seen.logp))
         ids = ids[:written]
         if not ids:
             raise InputError(f"answer: the model writes nothing behind {asked.prompt[-60:]!r}")
         parts = [len(tokenizer.decode(ids[:n], skip_special_tokens=True)) for n in range(len(ids) + 1)]
         offsets = list(pairwise(parts))
-        logp_T = np.array([float(row[1][one]) for row, one in zip(seen.rows, ids, strict=False)])
-        entropy_T = np.array([row[2] for row in seen.rows[: len(ids)]])
-        facts = np.stack([row[0] for row in seen.rows[: len(ids) + 1]]), logp_T, entropy_T
+        facts = np.stack(seen.states_LD[: written + 1]), np.array(seen.logp[:written]), np.array(seen.entropy[:written])
         answer = tokenizer.decode(ids, skip_special_tokens=True)
         return self._of(answer, offsets, facts, asked.has_document)
 
 
 class _Seen:
-    """Sees each pass of a generation, as one of its processors: the state, log probabilities and their entropy."""
+    """Sees each pass of a generation, as one of its processors: states, entropy, and of the token before log p."""
 
     def __init__(self) -> None:
         self.states: Sequence[Tensor] = ()
-        self.rows = list[tuple[np.ndarray, Tensor, float]]()
+        self.states_LD, self.entropy, self.logp = list[np.ndarray](), list[float](), list[float]()
+        self.last_V = torch.empty(0)
 
     def __call__(self, ids_NT: Tensor, logits_NV: Tensor) -> Tensor:
-        logp_V = logits_NV[0].float().log_softmax(-1)
-        entropy = float(-(logp_V.exp() * logp_V).sum())
-        self.rows.append((self.states[0][0, -1].float().cpu().numpy(), logp_V, entropy))
+        if self.states_LD:
+            self.logp.append(float(self.last_V[ids_NT[0, -1]]))
+        below_V = (logits_NV[0].float() - logits_NV[0].max()).clamp(min=-80.0)
+        share_V = below_V.exp()
+        total = share_V.sum()
+        self.entropy.append(float(total.log() - share_V.dot(below_V) / total))
+        self.last_V = below_V - total.log()
+        self.states_LD.append(torch.stack([state_NTD[0, -1] for state_NTD in self.states]).float().cpu().numpy())
         return logits_NV
 
 
-def features(states_UD: np.ndarray, logp_T: np.ndarray, entropy_T: np.ndarray) -> np.ndarray:
-    """The state before each token, the one at it, its log probability and the entropy in nats; float64 (T, F)."""
-    return np.concatenate([states_UD[:-1], states_UD[1:], logp_T[:, None], entropy_T[:, None]], axis=1).astype(float)
+def features(states_ULD: np.ndarray, logp_T: np.ndarray, entropy_T: np.ndarray) -> np.ndarray:
+    """By layer the state before each token and the one at it, its log probability and the entropy; float64 (T, F)."""
+    both_TL2D = np.stack([states_ULD[:-1], states_ULD[1:]], axis=2)
+    return np.concatenate([both_TL2D.reshape(len(logp_T), -1), logp_T[:, None], entropy_T[:, None]], axis=1).astype(
+        float
+    )
