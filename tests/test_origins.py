@@ -63,6 +63,10 @@ def texts(n: int, seed: int = 0) -> list[Text]:
     return found
 
 
+def entropy_of(logp_TV: torch.Tensor) -> torch.Tensor:
+    return -(logp_TV.exp() * logp_TV).sum(-1)
+
+
 def a_reader(asking: Asking, seed: int = 0) -> Reader:
     """One with weights of chance."""
     rng, width = np.random.default_rng(seed), asking.model.config.n_embd
@@ -113,8 +117,11 @@ def test_answers_are_read_as_plain_transformers_does(asking: Asking) -> None:
         logp_TV = out.logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
         said_T = logp_TV[range(len(ids)), ids]
         np.testing.assert_allclose(read.logp_T, said_T, atol=1e-4)
-        np.testing.assert_allclose(read.entropy_T, -(logp_TV.exp() * logp_TV).sum(-1), atol=1e-4)
-        np.testing.assert_array_equal(read.first_T, said_T == logp_TV.max(-1).values)
+        np.testing.assert_allclose(read.entropy_T, entropy_of(logp_TV), atol=1e-4)
+        np.testing.assert_allclose(read.behind_T, logp_TV.max(-1).values - said_T, atol=1e-4)
+        np.testing.assert_allclose(
+            read.spread_T, (logp_TV.exp() * (logp_TV + entropy_of(logp_TV)[:, None]) ** 2).sum(-1) ** 0.5, atol=1e-4
+        )
         assert read.states_ULD.shape == (1 + len(ids), 2, 48)
         np.testing.assert_allclose(read.states_ULD[:, 0], out.hidden_states[2][0, len(prompt) - 1 :], atol=1e-3)
 
@@ -140,7 +147,8 @@ def test_labels_are_what_two_swaps_do(asking: Asking) -> None:
             what, places = span.of(text.answer), one.tokens_of(span)
             says, again = bool(mentions(text.document, what)), bool(mentions(text.answer[: span.start], what))
             assert (len(fell) == 2) == (says and not again)
-            alone_says = 1 if alone.first_T[places].all() else 2
+            behind = alone.behind_T[places].max()
+            alone_says = 1 if behind == 0 else 2 if behind >= NEEDED else UNSURE
             changed = {nats >= NEEDED for nats in fell}
             by_swaps = {True: 0, False: alone_says}.get(*changed, UNSURE) if len(changed) == 1 else UNSURE
             assert label == (UNSURE if again else by_swaps if says else alone_says)

@@ -22,8 +22,8 @@ LARGEST = 2**26  # logits of one pass
 
 
 class Read(NamedTuple):
-    """A text as a model reads it behind a prompt, float64: by token its log probability, the entropy and the standard
-    deviation of the log probabilities there, nats, and whether it is the likeliest.
+    """A text as a model reads it behind a prompt, float64, nats: by token its log probability, the entropy and the
+    standard deviation of the log probabilities there, and by how much the likeliest token is likelier, 0 for itself.
 
     ``states_ULD``: float32 states of the prompt's last token and the text's.
     """
@@ -31,7 +31,7 @@ class Read(NamedTuple):
     logp_T: np.ndarray
     entropy_T: np.ndarray
     spread_T: np.ndarray
-    first_T: np.ndarray
+    behind_T: np.ndarray
     states_ULD: np.ndarray
 
 
@@ -81,14 +81,10 @@ def _costs(logits_TV: Tensor, ids: list[int]) -> tuple[np.ndarray, np.ndarray, n
     logp_TV = logits_TV.float().log_softmax(-1)
     said_T = logp_TV.gather(1, torch.tensor(ids, device=logp_TV.device)[:, None])[:, 0]
     mean_T, square_T = ((logp_TV.exp() * part_TV).sum(-1).double() for part_TV in (logp_TV, logp_TV.square()))
-    parts = (
-        said_T.double(),
-        -mean_T,
-        (square_T - mean_T.square()).clamp(min=1e-12).sqrt(),
-        said_T == logp_TV.max(-1).values,
-    )
-    logp_T, entropy_T, spread_T, first_T = (part_T.cpu().numpy() for part_T in parts)
-    return logp_T, entropy_T, spread_T, first_T
+    spread_T = (square_T - mean_T.square()).clamp(min=1e-12).sqrt()
+    parts = said_T.double(), -mean_T, spread_T, (logp_TV.max(-1).values - said_T).double()
+    found = tuple(part_T.cpu().numpy() for part_T in parts)
+    return found[0], found[1], found[2], found[3]
 
 
 def _batches(asking: Asking, several: Sequence[tuple[list[int], list[int]]]) -> Iterator[list[int]]:

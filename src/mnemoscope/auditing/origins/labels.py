@@ -3,9 +3,9 @@
 Of each name or number of an answer: where the document says it, it is replaced there by another of its kind, and the
 answer is read again up to this place. What becomes less likely by ``NEEDED`` nats in both of two swaps came from the
 *document*. What stays, and what the document does not say, came from *memory* where the model, without the document,
-writes just this; else from *neither*, as does what the question says. What the answer has said before is left out.
-Other tokens came from the document where they are likelier by ``NEEDED`` with it and would not be written without it,
-and from memory where they would be.
+writes just this, and from *neither* where it finds another token likelier by ``NEEDED``. What the question says comes
+from neither; what the answer has said before is left out. Other tokens came from the document where they are likelier
+by ``NEEDED`` with it and would not be written without it; else as spans do.
 
 Shapes: N texts, T tokens of an answer, V vocabulary.
 """
@@ -27,7 +27,7 @@ ORIGINS = ("document", "memory", "neither")
 NEEDED = 1.0  # nats by which what came from a document is less likely without it
 SWAPS, NEAR = 2, 6  # of a span, from so many that the model without the document would sooner write there
 WITHIN = 8.0  # nats: what is less likely than the first of these by more is of another kind
-UNSURE = -1  # two swaps disagree, nothing can be swapped, or it was said before
+UNSURE = -1  # two swaps disagree, nothing can be swapped, it was said before, or is nearly written without the document
 
 
 @dataclass(frozen=True)
@@ -78,21 +78,26 @@ def labelled(asking: Asking, form: Form, texts: Sequence[Text], pool: Pool, seed
     drops = _drops(asking, form, list(zip(texts, spans, with_N, strict=True)), pool, seed)
     found = list[Labelled]()
     for n, (text, (ids, offsets)) in enumerate(zip(texts, both, strict=True)):
-        alone_T, token_T = alone_N[n], np.full(len(ids), 2)
-        needed_T = (with_N[n].logp_T - alone_T.logp_T >= NEEDED) & ~alone_T.first_T
-        token_T[needed_T], token_T[alone_T.first_T] = 0, 1
+        alone_T = alone_N[n]
+        token_T = np.array([_without(nats) for nats in alone_T.behind_T])
+        token_T[(with_N[n].logp_T - alone_T.logp_T >= NEEDED) & (alone_T.behind_T > 0)] = 0
         labels = list[int]()
         for span, fell in zip(spans[n], drops[n], strict=True):
             places = tokens_of(offsets, span)
-            labels.append(_label(text, span, fell, bool(alone_T.first_T[places].all())))
+            labels.append(_label(text, span, fell, alone_T.behind_T[places].max()))
             token_T[places] = labels[-1]
         facts = alone_T.logp_T, with_N[n].logp_T, with_N[n].entropy_T
         found.append(Labelled(text, ids, offsets, spans[n], np.array(labels, int), drops[n], token_T, *facts))
     return found
 
 
-def _label(text: Text, span: Span, fell: tuple[float, ...], alone: bool) -> int:
-    """Of a span; ``alone``: whether the model writes it without the document."""
+def _without(nats: float) -> int:
+    """Of what no document says; ``nats``: by how much another token is likelier without one."""
+    return 1 if nats == 0 else 2 if nats >= NEEDED else UNSURE
+
+
+def _label(text: Text, span: Span, fell: tuple[float, ...], behind: float) -> int:
+    """Of a span; ``behind``: see ``_without``, of all of its tokens the most."""
     what, changed = span.of(text.answer), {nats >= NEEDED for nats in fell}
     if mentions(text.answer[: span.start], what):
         return UNSURE
@@ -100,7 +105,7 @@ def _label(text: Text, span: Span, fell: tuple[float, ...], alone: bool) -> int:
         return 2
     if text.document.strip() and mentions(text.document, what) and changed != {False}:
         return 0 if changed == {True} else UNSURE
-    return 1 if alone else 2
+    return _without(behind)
 
 
 def _drops(
