@@ -31,7 +31,7 @@ from mnemoscope.auditing.origins.labels import NEEDED, ORIGINS, UNSURE, encoded,
 from mnemoscope.auditing.origins.spans import mentions, spans_of
 from mnemoscope.auditing.origins.texts import asked
 from mnemoscope.behaviour import Asking, Prompting, read_behind
-from mnemoscope.face.rewriting import UNFITTED, rewritten
+from mnemoscope.face.rewriting import rewritten
 from mnemoscope.report.rows import to_json
 from mnemoscope.tasks.registry import build_task
 
@@ -242,7 +242,7 @@ def again(reader: Reader, asking: Asking, texts: Sequence[tuple[Text, str]]) -> 
     """Of conflicts, (text, value in its document) each: what is flagged follows the document, what did stays."""
     followed, kept, nats = list[bool](), list[bool](), list[float]()
     for text, value in texts:
-        found = rewritten(asking, reader, reader.asks(text), UNFITTED, 0.5, TOKENS)
+        found = rewritten(asking, reader, reader.asks(text), None, 0.5, TOKENS)
         first = found.first.parts[:1]
         if found.spans and found.first.parts and not mentions(found.first.answer, value):
             followed.append(bool(mentions(found.spans[0][1], value)))
@@ -321,7 +321,7 @@ def main() -> None:
     parser.add_argument("--lever", type=int, default=40, help="conflicts that are written again")
     parser.add_argument("--texts", type=int, default=100, help="passages")
     parser.add_argument("--long", type=int, default=24, help="long documents")
-    parser.add_argument("--statements", type=int, default=150, help="of a long document")
+    parser.add_argument("--statements", type=int, default=215, help="of a long document")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--chat", action="store_true")
     asked_for = parser.parse_args()

@@ -318,15 +318,15 @@ class Fitted:
         """Write an answer, and again towards its document what comes from memory.
 
         A name or number whose P(memory) is at least ``threshold`` is written anew by the best lever to context; where
-        none was fitted, by context-aware decoding. What follows it is the model's own.
+        none was fitted, it is one of the document's, see ``rewritten``. What follows it is the model's own.
 
         Raises:
             InputError: as ``read``, the document is empty, or the threshold is not from 0 to 1.
         """
         from mnemoscope.auditing.origins.reader import Asked
-        from mnemoscope.face.rewriting import UNFITTED, rewritten
+        from mnemoscope.face.rewriting import rewritten
 
-        lever = self.lever("context") if self.levers.get(Toward.GENERALIZED) else UNFITTED
+        lever = self.lever("context") if self.levers.get(Toward.GENERALIZED) else None
         asked = Asked(prompt, document)
         return rewritten(self._asking([prompt]), self._needed_reader, asked, lever, threshold, max_new_tokens)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mnemoscope.auditing.origins.spans import spans_of
-from mnemoscope.behaviour import phrase_of
+import numpy as np
+
+from mnemoscope.auditing.origins.labels import encoded
+from mnemoscope.auditing.origins.spans import mentions, spans_of
+from mnemoscope.behaviour import next_tokens, phrase_of, read_behind
 from mnemoscope.bench.answers import NOTHING, answered
 from mnemoscope.bench.prompts import Prompts
-from mnemoscope.interventions import Intervention, Toward
-from mnemoscope.interventions.decoding import Decoding
+from mnemoscope.interventions import Intervention
 from mnemoscope.runs.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from mnemoscope.behaviour import Asking
 
 MORE = 4  # tokens beside those of the span that is written again
-# Where no lever was fitted: context-aware decoding against the bare question, at the weight of its paper.
-UNFITTED = Decoding(toward=Toward.GENERALIZED, method="cad", setting={"weight": 1.0, "contrast": "bare"})
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,12 @@ class Rewritten:
 
 
 def rewritten(
-    asking: Asking, reader: Reader, asked: Asked, lever: Intervention, threshold: float, tokens: int
+    asking: Asking, reader: Reader, asked: Asked, lever: Intervention | None, threshold: float, tokens: int
 ) -> Rewritten:
-    """Write an answer, and each span anew under a lever whose P(memory) is at least ``threshold``.
+    """Write an answer, and each span anew whose P(memory) is at least ``threshold``.
 
-    What stands before such a span stays; what follows is written by the model itself behind the new span, and read.
+    A lever writes it, or, without one, it is that name or number of the document which the document makes likeliest
+    there. What stands before it stays; what follows is written by the model itself behind the new span, and read.
 
     Raises InputError where the document is empty, or the threshold is not from 0 to 1.
     """
@@ -53,16 +54,41 @@ def rewritten(
     done, spans = 0, list[tuple[str, str]]()
     while flagged := next((part for part in found.parts if _comes_from_memory(part, done, threshold)), None):
         span, answer = flagged.span, found.answer
-        kept = answer[: span.start].rstrip()
-        length = len(asking.tokenizer(span.of(answer), add_special_tokens=False).input_ids)
-        anew = answered(lever, _behind(asking, asked, kept), length + MORE)[0]
-        text = _joined(kept, _its_span(kept, anew)) if anew.strip() else answer[: span.end]
-        spans.append((span.of(answer), text[len(kept) :].strip()))
-        left = tokens - sum(end <= span.end for _, end in found.offsets)
-        done = len(text)
+        before, said = answer[: span.start], span.of(answer)
+        if lever is None:
+            text = before + _of_document(asking, asked, before, span.kind, said)
+        else:
+            length = len(asking.tokenizer(said, add_special_tokens=False).input_ids)
+            anew = answered(lever, _behind(asking, asked, before.rstrip()), length + MORE)[0]
+            text = _joined(before.rstrip(), _its_span(before.rstrip(), anew)) if anew.strip() else before + said
+        spans.append((said, text[len(before.rstrip()) :].strip()))
+        done, left = len(text), tokens - sum(end <= span.end for _, end in found.offsets)
         text = _joined(text, answered(NOTHING, _behind(asking, asked, text), left)[0] if left > 0 else "")
         found = reader.read(asking, [replace(asked, answer=text)])[0]
     return Rewritten(found, first, spans)
+
+
+def _of_document(asking: Asking, asked: Asked, before: str, kind: str, said: str) -> str:
+    """The name or number of the document whose likelihood behind an answer's beginning it raises most, or ``said``.
+
+    Scored as context-aware decoding does, ``2 * with - without`` (Shi et al. 2023, arXiv 2305.14739): by first tokens,
+    and where several begin with the same, as a whole. What the question or the answer says already is left out.
+    """
+    there = dict.fromkeys(span.of(asked.document) for span in spans_of(asked.document) if span.kind == kind)
+    names = [one for one in there if not mentions(asked.bare, one) and not mentions(before, one)]
+    begun = encoded(asking, before.rstrip())[0]
+    rows = [(one, encoded(asking, before + one)[0]) for one in names]
+    rows = [(one, row) for one, row in rows if row[: len(begun)] == begun and len(row) > len(begun)]
+    if not rows:
+        return said
+    prompts = asking.tokens([asking.text(asked.prompt), asking.text(asked.bare)])
+    firsts = [row[len(begun)] for _, row in rows]
+    with_K, without_K = next_tokens(asking, [[*prompt, *begun] for prompt in prompts], [firsts, firsts])
+    first = firsts[int(np.argmax(2 * with_K - without_K))]
+    best = [found for found in rows if found[1][len(begun)] == first]
+    whole = read_behind(asking, [(prompts[0], row) for _, row in best]) if len(best) > 1 else []
+    costs = [-one.logp_T[len(begun) :].mean() for one in whole]
+    return best[int(np.argmin(costs)) if costs else 0][0]
 
 
 def _comes_from_memory(part: Part, done: int, threshold: float) -> bool:
