@@ -26,9 +26,11 @@ import torch
 from fastapi import HTTPException
 from fastapi.testclient import TestClient
 
+from mnemoscope.auditing.origins import Reader, Text
+from mnemoscope.auditing.origins.labels import ORIGINS
 from mnemoscope.behaviour import prepare, score
 from mnemoscope.config import dump_study, load_study
-from mnemoscope.interventions import LowRank, SteeringVector, Toward
+from mnemoscope.interventions import Binding, LowRank, SteeringVector, Toward
 from mnemoscope.runs.digests import read_marker, write_marker
 from mnemoscope.runs.errors import InputError
 from mnemoscope.statistics.contrast import Contrast
@@ -232,6 +234,28 @@ def test_a_neuron_is_shown_on_tune_pairs(client: TestClient, library: Any) -> No
     assert seen["drawing"].startswith("<svg")
     assert [row["times"] for row in seen["alone"]] == [1, 4, 16]
     assert error_of(client.post(f"{CELL}/neurons/0/9999"), 422) == ("neuron", "9999 is not in 0 .. 63")
+
+
+def test_an_answer_is_read_while_it_is_written(playground_runs: Path, library: Any, pairs: list[Any]) -> None:
+    asking, rng = library[0], np.random.default_rng(0)
+    width = asking.model.config.n_embd
+    made = {"prompting": asking.prompting, "binding": Binding.of(asking.model, asking.tokenizer)}
+    weights = rng.normal(size=(3, 2 * width + 2)), np.zeros(3), np.zeros(width), np.eye(width) * 1e-6
+    reader = Reader([1], *weights, "{document} {question}", "{question}", **made)
+    reader.save(playground_runs / "second" / "reader.safetensors")
+    about = {"ask": pairs[0]["memorized"]["prompt"], "document": "", "tokens": 10}
+    with client_of(playground_runs) as client:
+        path = CELL.replace("/first/", "/second/")
+        assert client.get(path).json()["reads"]
+        told = [json.loads(line) for line in client.post(f"{path}/read", json=about).text.splitlines()]
+        assert error_of(client.post(f"{CELL}/read", json=about), 422)[0] == "reader"
+        assert error_of(client.post(f"{path}/read", json=about | {"ask": ""}), 422)[0] == "ask"
+    written = reader.write(asking, reader.asks(Text(about["ask"], "")), 10)
+    assert told[-1]["answer"] == written.answer
+    for one in told:
+        assert written.answer.startswith(one["answer"])
+        numbers = [[token[name] for name in ORIGINS] for token in one["tokens"]]
+        np.testing.assert_allclose(numbers, written.p_T3[: len(numbers)], atol=1e-4)
 
 
 def test_names_do_not_lead_out_of_the_folder(client: TestClient) -> None:

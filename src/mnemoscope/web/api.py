@@ -11,7 +11,19 @@ from fastapi.responses import StreamingResponse
 
 from mnemoscope.config import NAME
 from mnemoscope.web.cell import OpenedCell
-from mnemoscope.web.shapes import Answer, Asked, Look, NeuronMap, OpenedFacts, Pair, Question, Refusal, RunFacts
+from mnemoscope.web.shapes import (
+    About,
+    Answer,
+    Asked,
+    Look,
+    NeuronMap,
+    OpenedFacts,
+    Pair,
+    Question,
+    ReadSoFar,
+    Refusal,
+    RunFacts,
+)
 
 Name = Annotated[str, Path(pattern=NAME)]
 Index = Annotated[int, Path(ge=0, le=2**24)]
@@ -63,6 +75,21 @@ async def rephrase(at: At, question: Question, seed: Annotated[int, Query(ge=0, 
 async def ask(at: At, asked: Asked) -> Answer:
     """The model's answer to a prompt, steered or not."""
     return await at(lambda cell: cell.answer(asked.question, asked.steering))
+
+
+@router.post(CELL + "/read", response_class=JsonLines, responses={200: {"model": ReadSoFar}})
+async def read(at: At, about: About) -> JsonLines:
+    """Answer a question about a document: a line every few tokens, with where each part comes from."""
+    steps = await at(lambda cell: cell.read(about))
+    first = await at(lambda _: next(steps))
+
+    async def lines() -> AsyncIterator[str]:
+        found = first
+        while found:
+            yield found.model_dump_json() + "\n"
+            found = await at(lambda _: next(steps, None), left=None)
+
+    return JsonLines(lines())
 
 
 @router.get(CELL + "/neurons")

@@ -148,6 +148,12 @@ def neurons(request: Request, run: Name = None, cell: Name = None) -> HTMLRespon
     return _page_of_cell("neurons.html", request, run, cell)
 
 
+@router.get("/sources")
+def sources(request: Request, run: Name = None, cell: Name = None) -> HTMLResponse:
+    """A document, a question, and where each part of the answer comes from."""
+    return _page_of_cell("sources.html", request, run, cell)
+
+
 @router.get("/runs")
 def runs(request: Request) -> HTMLResponse:
     """Every run, with its report and its playground."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mnemoscope.auditing.origins import Reader, Text
 from mnemoscope.behaviour import (
     Applied,
     Batch,
@@ -35,8 +37,9 @@ from mnemoscope.study.cells import Cell, cells_of
 from mnemoscope.study.stages import Records, cell_model, with_kept_data
 from mnemoscope.tasks import Example, allowed_code
 from mnemoscope.web.parts import Neurons, Vectors
-from mnemoscope.web.shapes import Answer, DetectorReading, OpenedFacts, Pair, Question, Steering
+from mnemoscope.web.shapes import About, Answer, DetectorReading, OpenedFacts, Pair, Question, ReadSoFar, Steering
 
+READER = "reader.safetensors"  # in the folder of a run
 PREFIXES = 2  # prompts whose caches are kept: while a slider moves, the prompt stays
 LONGEST = 2048  # tokens of a prompt, at most: one request is not to keep a model for minutes
 WATCHED = 100  # tune pairs on which a neuron is shown
@@ -97,6 +100,10 @@ class OpenedCell:
             self._detector = Detector.load(intact(detector)) if is_there(detector) else None
             if self._detector:
                 self._detector.check(asking.model, asking.tokenizer, found=binding)
+            reader = run / READER
+            self._reader = Reader.load(reader) if is_there(reader) else None
+            if self._reader:
+                self._reader.check(asking.model, asking.tokenizer, found=binding)
             self.vectors = Vectors(cell, contrast, asking, binding)
             self.neurons = Neurons(asking, contrast, self._records.both_sides("tune", WATCHED))
             self._items = {pair[1].item: pair[1] for pair in self._records.both_sides("test", len(self._records.pairs))}
@@ -111,6 +118,7 @@ class OpenedCell:
             layers=len(blocks_of(self._asking.model)),
             documents=self._records.task.documents,
             detects=self._detector is not None,
+            reads=self._reader is not None,
             auroc=ranked.get("estimate"),
             auroc_of_input=ranked.get("input_only"),
             methods=self.vectors.facts(),
@@ -143,9 +151,7 @@ class OpenedCell:
         Raises InputError where the prompt is too long or cannot be encoded, or there is no such vector.
         """
         one = self.vectors.part(steering).scaled(steering.alpha) if steering else NOTHING
-        (tokens,) = self._asking.tokens([self._asking.text(question.prompt)])
-        if len(tokens) > LONGEST:
-            raise InputError(f"prompt: {len(tokens)} tokens; at most {LONGEST} are read here")
+        self._check_length(question.prompt)
         example = question.example()
         if example is None:
             return self._continue(question.prompt, one)
@@ -156,9 +162,26 @@ class OpenedCell:
             batches = [without_prefix(batch) for batch in batches]
         return self._choose(example, batches, partial(one.apply, self._asking.model))
 
+    def read(self, about: About) -> Iterator[ReadSoFar]:
+        """Answer a question about a document, and tell where each part comes from, while it is written.
+
+        Raises InputError without a reader, or as ``answer``.
+        """
+        if self._reader is None:
+            raise InputError("reader: this run has none; fit one into its folder (mnemoscope fit-reader)")
+        asked = self._reader.asks(Text(about.ask, about.document))
+        self._check_length(asked.prompt)
+        found = self._reader.stream(self._asking, asked, about.tokens)
+        return (ReadSoFar.of(one) for one in found)
+
+    def _check_length(self, prompt: str) -> None:
+        (tokens,) = self._asking.tokens([self._asking.text(prompt)])
+        if len(tokens) > LONGEST:
+            raise InputError(f"prompt: {len(tokens)} tokens; at most {LONGEST} are read here")
+        check_known(self._asking, [prompt])
+
     def _continue(self, prompt: str, one: Intervention) -> Answer:
         """What follows a prompt whose revealing answers are not known."""
-        check_known(self._asking, [prompt])
         (said,) = answered(one, Prompts.free(self._asking, [prompt]))
         return Answer(said=said, reading=self._reading(prompt, one))
 

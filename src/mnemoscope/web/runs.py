@@ -19,7 +19,7 @@ from mnemoscope.runs.digests import intact
 from mnemoscope.runs.errors import InputError, check_one_of
 from mnemoscope.runs.files import plain
 from mnemoscope.runs.strict import read_json
-from mnemoscope.web.cell import OpenedCell
+from mnemoscope.web.cell import READER, OpenedCell
 from mnemoscope.web.shapes import RunFacts
 
 OPEN = 2  # cells whose models are kept in memory
@@ -90,7 +90,7 @@ class OpenedCells:
         """
         folder = self._runs.cell(run, cell)
         # A study that was run again has other vectors, and one that is still running may have a detector by now.
-        files = (folder / "records" / "chosen.json", folder / "detector.safetensors")
+        files = (folder / "records" / "chosen.json", folder / "detector.safetensors", folder.parents[1] / READER)
         made = [path.stat().st_mtime_ns for path in files if path.exists()]
         loop = asyncio.get_running_loop()
         future = loop.run_in_executor(self._thread, lambda: work(self._open(run, cell, *made)))

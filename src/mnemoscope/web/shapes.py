@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from mnemoscope.auditing.origins.labels import ORIGINS
+from mnemoscope.auditing.origins.reader import Origins
 from mnemoscope.config.model import Frozen
 from mnemoscope.interventions import Toward
 from mnemoscope.interventions.detect import Reading
@@ -92,6 +94,48 @@ class Answer(Frozen):
     reading: DetectorReading | None = None
 
 
+class About(Frozen):
+    """A question about a document ("" for none), and how many tokens its answer may have."""
+
+    ask: str = Field(min_length=1)
+    document: str = ""
+    tokens: int = Field(48, ge=1, le=256)
+
+
+class ReadPart(Frozen):
+    """Characters of an answer: a token, or a name or number, which has a verdict; probabilities of each origin."""
+
+    start: int
+    end: int
+    document: Number
+    memory: Number
+    neither: Number
+    verdict: str = ""
+
+
+class ReadSoFar(Frozen):
+    """An answer as far as it is written, and where its parts come from; ``line``: the shares in words."""
+
+    answer: str
+    tokens: list[ReadPart]
+    parts: list[ReadPart]
+    line: str
+
+    @classmethod
+    def of(cls, found: Origins) -> ReadSoFar:
+        """As it was read."""
+        tokens = [(*pair, p_3, "") for pair, p_3 in zip(found.offsets, found.p_T3, strict=True)]
+        parts = [(part.span.start, part.span.end, part.p_3, part.verdict) for part in found.parts]
+        both = (
+            [
+                ReadPart(start=start, end=end, verdict=verdict, **dict(zip(ORIGINS, p_3.tolist(), strict=True)))
+                for start, end, p_3, verdict in several
+            ]
+            for several in (tokens, parts)
+        )
+        return cls(answer=found.answer, tokens=next(both), parts=next(both), line=found.line)
+
+
 class LeverFacts(Frozen):
     """A lever of a cell, of vectors with what they shift; ``free``: any layers and number of neurons can be taken."""
 
@@ -105,7 +149,8 @@ class LeverFacts(Frozen):
 
 
 class OpenedFacts(Frozen):
-    """An opened cell: how many layers its model has, the two vectors of each method, and whether it has a detector.
+    """An opened cell: how many layers its model has, the two vectors of each method, whether it has a detector, and a
+    reader of answers.
 
     ``documents``: whether its task quotes some. ``auroc``: of test prompts, by P(memorized) and by the input alone.
     """
@@ -113,6 +158,7 @@ class OpenedFacts(Frozen):
     layers: int
     documents: bool
     detects: bool
+    reads: bool = False
     auroc: Number = None
     auroc_of_input: Number = None
     methods: dict[str, dict[Toward, LeverFacts]]

@@ -8,7 +8,7 @@ Shapes: T tokens of an answer, U = 1 + T with the prompt's last one, D neurons, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -29,7 +29,7 @@ from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.schemas import ReaderFacts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 MARKS = {"document": "[{}]", "memory": "<{}>", "neither": "({})", "cannot tell": "?{}?"}  # where there are no colours
 COLOURS = {"document": "green", "memory": "magenta", "neither": "yellow", "cannot tell": "bright_black"}
@@ -228,11 +228,38 @@ class Reader(Artefact):
         ids = ids[:written]
         if not ids:
             raise InputError(f"answer: the model writes nothing behind {asked.prompt[-60:]!r}")
-        parts = [len(tokenizer.decode(ids[:n], skip_special_tokens=True)) for n in range(len(ids) + 1)]
-        offsets = list(pairwise(parts))
         facts = np.stack(seen.states_LD[: written + 1]), np.array(seen.logp[:written]), np.array(seen.entropy[:written])
         answer = tokenizer.decode(ids, skip_special_tokens=True)
-        return self._of(answer, offsets, facts, asked.has_document)
+        return self._of(answer, _offsets(tokenizer, ids), facts, asked.has_document)
+
+    def stream(self, asking: Asking, asked: Asked, tokens: int, step: int = 8) -> Iterator[Origins]:
+        """What ``write`` writes, after each ``step`` tokens and at the end; what was told of a token stays.
+
+        Raises InputError as ``write`` does.
+        """
+        model, tokenizer = asking.model, asking.tokenizer
+        prompt = asking.tokens([asking.text(asked.prompt)])[0]
+        ids, ends = list[int](), end_ids(model, tokenizer)
+        while len(ids) < tokens:
+            inputs = tokenizer.pad({"input_ids": [[*prompt, *ids]]}, return_tensors="pt").to(model.device)
+            found_NT, _, width = continued(model, tokenizer, inputs, min(step, tokens - len(ids)))
+            new = [one for one in found_NT[0, width:].tolist() if one not in ends]
+            ids += new
+            if not ids:
+                raise InputError(f"answer: the model writes nothing behind {asked.prompt[-60:]!r}")
+            (read,) = read_behind(asking, [(prompt, ids)], self.layers)
+            facts = read.states_ULD, read.logp_T, read.entropy_T
+            yield self._of(
+                tokenizer.decode(ids, skip_special_tokens=True), _offsets(tokenizer, ids), facts, asked.has_document
+            )
+            if len(new) < found_NT.shape[1] - width:
+                return
+
+
+def _offsets(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Characters of each token in the decoded text."""
+    parts = [len(tokenizer.decode(ids[:n], skip_special_tokens=True)) for n in range(len(ids) + 1)]
+    return list(pairwise(parts))
 
 
 class _Seen:
