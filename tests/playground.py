@@ -8,10 +8,16 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from mnemoscope.auditing.origins import Reader
+from mnemoscope.behaviour import Asking
+from mnemoscope.interventions import Binding
+from mnemoscope.study.stages import cell_model
 from mnemoscope.web.app import build_app, server_of
+from mnemoscope.web.cell import OpenedCell
 from mnemoscope.web.runs import Runs
 
 TOKEN = "token-of-the-tests"
@@ -42,3 +48,14 @@ def error_of(response: Any, status: int = 422) -> tuple[str, str]:
     """Field and message of a request that is refused."""
     assert response.status_code == status, response.text
     return response.json()["error"]["field"], response.json()["error"]["message"]
+
+
+def random_reader(run: Path) -> tuple[Reader, Asking]:
+    """A reader of chance in the folder of a run, and the model that it reads."""
+    asking, rng = cell_model(OpenedCell(run, "addition-0").cell), np.random.default_rng(0)
+    width = asking.model.config.n_embd
+    made = {"prompting": asking.prompting, "binding": Binding.of(asking.model, asking.tokenizer)}
+    weights = rng.normal(size=(3, 2 * width + 2)), np.zeros(3), np.zeros(width), np.eye(width) * 1e-6
+    reader = Reader([1], *weights, "{document} {question}", "{question}", **made)
+    reader.save(run / "reader.safetensors")
+    return reader, asking

@@ -21,12 +21,14 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from playwright.sync_api import expect
 
+from mnemoscope.interventions import Toward
 from mnemoscope.runs.errors import InputError
 from mnemoscope.web.app import LARGEST_BODY, build_app, serve
+from mnemoscope.web.cell import OpenedCell
 from mnemoscope.web.parts import Neurons
 from mnemoscope.web.runs import Runs
 from mnemoscope.web.shapes import Look
-from playground import CELL, KNOWN, TOKEN, client_of, error_of, served
+from playground import CELL, KNOWN, TOKEN, client_of, error_of, random_reader, served
 
 
 @pytest.fixture(scope="module")
@@ -323,6 +325,23 @@ def test_a_neuron_is_chosen_by_keys_pointer_and_number(tab: Any, address: str) -
     tab.get_by_role("button", name="Cancel").click()
     expect(tab.locator("#neuron")).to_be_hidden()
     expect(tab.locator("#problem")).to_be_hidden()
+
+
+def test_an_answer_is_coloured_while_it_is_written(tab: Any, address: str, playground_runs: Path) -> None:
+    (playground_runs / "second" / "reader.safetensors").unlink(missing_ok=True)  # of another width
+    tab.goto(f"{address}/sources?run=second")
+    asked = OpenedCell(playground_runs / "second", "addition-0").pairs(1)[0][Toward.MEMORIZED].prompt
+    tab.locator("#question").fill(asked)
+    tab.get_by_role("button", name="Answer").click()
+    expect(tab.locator("#problem")).to_contain_text("reader: this run has none")
+    random_reader(playground_runs / "second")
+    tab.get_by_role("button", name="Answer").click()
+    expect(tab.locator("#shares")).to_contain_text("Names and numbers: document 0 %")
+    expect(tab.locator("#problem")).to_be_hidden()
+    tab.locator("#document").fill(asked)
+    tab.get_by_role("button", name="Answer").click()
+    expect(tab.locator("#shares")).to_contain_text("Names and numbers: document")
+    assert serious(tab) == []
 
 
 def test_runs_lead_to_their_reports(tab: Any, address: str) -> None:

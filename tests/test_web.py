@@ -26,11 +26,11 @@ import torch
 from fastapi import HTTPException
 from fastapi.testclient import TestClient
 
-from mnemoscope.auditing.origins import Reader, Text
+from mnemoscope.auditing.origins import Text
 from mnemoscope.auditing.origins.labels import ORIGINS
 from mnemoscope.behaviour import prepare, score
 from mnemoscope.config import dump_study, load_study
-from mnemoscope.interventions import Binding, LowRank, SteeringVector, Toward
+from mnemoscope.interventions import LowRank, SteeringVector, Toward
 from mnemoscope.runs.digests import read_marker, write_marker
 from mnemoscope.runs.errors import InputError
 from mnemoscope.statistics.contrast import Contrast
@@ -39,7 +39,7 @@ from mnemoscope.web import connections, runs
 from mnemoscope.web.app import build_app
 from mnemoscope.web.cell import OpenedCell
 from mnemoscope.web.shapes import Question, Steering
-from playground import CELL, TOKEN, client_of, error_of, served
+from playground import CELL, TOKEN, client_of, error_of, random_reader, served
 
 
 @pytest.fixture(scope="module")
@@ -236,13 +236,8 @@ def test_a_neuron_is_shown_on_tune_pairs(client: TestClient, library: Any) -> No
     assert error_of(client.post(f"{CELL}/neurons/0/9999"), 422) == ("neuron", "9999 is not in 0 .. 63")
 
 
-def test_an_answer_is_read_while_it_is_written(playground_runs: Path, library: Any, pairs: list[Any]) -> None:
-    asking, rng = library[0], np.random.default_rng(0)
-    width = asking.model.config.n_embd
-    made = {"prompting": asking.prompting, "binding": Binding.of(asking.model, asking.tokenizer)}
-    weights = rng.normal(size=(3, 2 * width + 2)), np.zeros(3), np.zeros(width), np.eye(width) * 1e-6
-    reader = Reader([1], *weights, "{document} {question}", "{question}", **made)
-    reader.save(playground_runs / "second" / "reader.safetensors")
+def test_an_answer_is_read_while_it_is_written(playground_runs: Path, pairs: list[Any]) -> None:
+    reader, asking = random_reader(playground_runs / "second")
     about = {"ask": pairs[0]["memorized"]["prompt"], "document": "", "tokens": 10}
     with client_of(playground_runs) as client:
         path = CELL.replace("/first/", "/second/")
