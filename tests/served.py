@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 import mnemoscope as ms
+from mnemoscope.auditing.origins import Reader
 from mnemoscope.interventions import Binding, LowRank
+from mnemoscope.interventions.adapter import Adapter
 from mnemoscope.interventions.detect import Detector
 from mnemoscope.runs.digests import write_marker
 
@@ -23,10 +25,11 @@ def random_run(
     strength: float = 0.3,
     positions: str = "decision",
     low_rank: bool = False,
+    adapters: bool = False,
 ) -> Path:
     """Vectors in both directions at a layer and the next, a detector at the last layer and one at ``layer - 1``.
 
-    ``low_rank``: their second shift depends on the state.
+    ``low_rank``: their second shift depends on the state. ``adapters``: each direction has one as well.
     """
     binding = Binding.of(model, tokenizer)
     config = model.config.get_text_config()
@@ -51,6 +54,18 @@ def random_run(
         vector = ms.SteeringVector(toward, edits, positions=positions, method="nmd", binding=binding)
         vector.save(_made(cell / "vectors") / f"to_{toward}-nmd.safetensors")
         best[f"to_{toward}"] = "nmd"
+        if adapters:
+            mlp = model.model.layers[layer].mlp
+            parts = {
+                f"model.layers.{layer}.mlp.{name}": (
+                    torch.randn(2, module.in_features, generator=generator) / module.in_features**0.5,
+                    torch.randn(module.out_features, 2, generator=generator) * module.weight.std(),
+                )
+                for name, module in mlp.named_children()
+                if hasattr(module, "in_features")
+            }
+            adapter = Adapter(toward=toward, method="lora", parts=parts, binding=binding)
+            adapter.save(_made(cell / "vectors" / f"to_{toward}-lora"))
     rng = np.random.default_rng(0)
     for name, place in (("detector", layers - 2), ("detector_below", layer - 1)):
         here_ND = states[place + 1].double().numpy()
@@ -61,9 +76,17 @@ def random_run(
             whitening_DD,
             binding=binding,
         ).save(cell / f"{name}.safetensors")
+    reads, D = [layer, layers - 1], width
+    Reader(
+        *(reads, rng.normal(size=(3, 4 * D + 2)) / (0.2 * np.linalg.norm(here_ND[0])), rng.normal(size=3)),
+        *(np.zeros(D), whitening_DD),
+        binding=binding,
+    ).save(cell.parents[1] / "reader.safetensors")
     facts = {"method": "nmd", "site": "block", "layers": [layer], "top": 1.0, "strength": 0.3, "positions": positions}
     both = {"to_generalized": facts, "to_memorized": facts}
-    chosen = {"best": best, "methods": {"nmd": both}}
+    lora = {way: facts | {"method": "lora", "lever": "adapter"} for way in both}
+    methods = {"nmd": both} | ({"lora": lora} if adapters else {})
+    chosen = {"best": best, "methods": methods}
     (_made(cell / "records") / "chosen.json").write_text(json.dumps({"pairs": chosen, "conflict": chosen}))
     write_marker(cell, "steering", [path for path in sorted(cell.rglob("*")) if path.is_file()])
     return out

@@ -24,21 +24,23 @@ import torch
 import mnemoscope as ms
 from little_facts import SUBJECTS, VALUES, VOCABULARY
 from mnemoscope.behaviour import states_at_the_end
+from mnemoscope.behaviour.states import capturing
 from mnemoscope.config import ModelConfig
 from mnemoscope.interventions import Binding
 from mnemoscope.models import build_gpt2, cache_of, context_length, load_model, pass_inputs, word_tokenizer
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.locks import locked
-from mnemoscope.serving.admission import ADMITTED, FIELDS, Admitted, Offered, admit, key_of_block, parse
+from mnemoscope.serving.admission import ADMITTED, FIELDS, TOKENS, Admitted, Offered, admit, key_of_block, parse
 from mnemoscope.serving.proof import certify, prove
 from mnemoscope.serving.served import Answer, Proof, Request
 from mnemoscope.serving.worker import Followed, report_of
+from mnemoscope.serving.written import Writing, Written
 from served import random_run
 from test_cli import call
 
 Fault = Literal[
     *("none", "no plugin", "hooks removed", "alpha ignored", "wrong layer", "no cache separation", "rows mixed up"),
-    *("anything is taken", "another reading", "gate always open"),
+    *("anything is taken", "another reading", "tokens of others", "gate always open"),
 ]
 
 
@@ -62,7 +64,7 @@ class StandIn:
         if self.fault != "wrong layer":
             return offered
         moved = {way: {n + 1: shift for n, shift in one.shifts.items()} for way, one in offered.vectors.items()}
-        return replace(offered, vectors={w: replace(one, edits=moved[w]) for w, one in offered.vectors.items()})
+        return replace(offered, levers={w: {"shift": replace(v, edits=moved[w])} for w, v in offered.vectors.items()})
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer requests that came at the same time."""
@@ -80,7 +82,8 @@ class StandIn:
                 asked = parse(given)
             except InputError:
                 asked = parse({"read": 1} if self.fault == "anything is taken" else given)
-            return admit(asked, self.offered, request.ids, len(request.ids)) if asked else None
+            words = self.opened[1].decode(request.ids)
+            return admit(asked, self.offered, request.ids, len(request.ids), words) if asked else None
         except InputError as error:
             return error
 
@@ -100,15 +103,28 @@ class StandIn:
         vector = self.offered.vectors[row.steer] if alpha else None
         text, log_p = list(request.ids), []
         first = None if vector and vector.everywhere else prompt - 1
+        written = Written(own.decision, own.has_document) if own and own.read == TOKENS else None
+        writing = Writing(self.offered.reader, torch.device("cpu")) if self.offered.reader else None
         with vector.apply(model, alpha, first) if vector else nullcontext():
             while len(text) < prompt + request.tokens:
                 ones = torch.ones(1, len(text), dtype=torch.long)
-                output = model(**pass_inputs(model, torch.tensor([text[past:]]), ones, cache))
+                ids_1T = torch.tensor([text[past:]])
+                layers = writing.reader.layers if writing else ()
+                with capturing(model, "block", layers, offsets=None) as states:
+                    output = model(**pass_inputs(model, ids_1T, ones, cache))
+                if writing and written:
+                    writing.begin([written], [len(text) - past], [past], ids_1T[0])
+                    for layer, state_1TD in zip(layers, states, strict=True):
+                        writing.keep(layer, lambda rows, state_1TD=state_1TD: state_1TD[0][rows])
+                    writing.end()
+                    writing.see(output.logits[:, -1])
                 cache, past = cache_of(output), len(text)
                 best = output.logits[0, -1].log_softmax(-1).max(-1)
                 text.append(int(best.indices))
                 log_p.append(float(best.values))
         self.kept.append((request.salt, key, start, text[:past], cache))
+        if report and written:
+            report[TOKENS] = written.fresh[::-1] if self.fault == "tokens of others" else written.fresh
         return Answer(200, tuple(text[prompt:]), tuple(log_p), report)
 
     def cached(self, ids: list[int], salt: str, key: Any, start: int) -> tuple[Any, int]:
@@ -194,6 +210,7 @@ CHECKS = (
     "follow-up after steering = fresh",
     "refused = refused",
     "read = detect",
+    "tokens = read",
     "gate as in transformers",
 )
 # The checks that must find a fault; others may find it too.
@@ -205,6 +222,7 @@ FOUND_BY: dict[Fault, set[str]] = {
     "no cache separation": {"follow-up after steering = fresh"},
     "anything is taken": {"refused = refused"},
     "another reading": {"read = detect"},
+    "tokens of others": {"tokens = read"},
     "gate always open": {"gate as in transformers"},
 }
 

@@ -79,33 +79,33 @@ def offered(tmp_path_factory: pytest.TempPathFactory) -> Offered:
 def test_another_model_is_refused_at_start(offered: Offered, tmp_path: Path) -> None:
     vector = offered.vectors["generalized"]
     file, _ = vector.save(tmp_path / "v.safetensors")
-    alone = Offered.of({"generalized": vector}, None, None).digest
+    alone = Offered.of({"generalized": {"shift": vector}}, None, None).digest
     assert Offered.open(file, vector.binding).digest == alone != offered.digest
-    assert Offered.of({"generalized": 2 * vector}, None, None).digest != alone
+    assert Offered.of({"generalized": {"shift": 2 * vector}}, None, None).digest != alone
     with pytest.raises(InputError, match=r"^weights: the vector was made on"):
         Offered.open(file, replace(vector.binding, weights="0" * 64))
 
 
 def test_what_no_detector_below_the_shift_can_read_is_refused(offered: Offered) -> None:
-    above = Offered.of(offered.vectors, offered.detectors["detector"], None)
+    above = Offered.of(offered.levers, offered.detectors["detector"], None)
     assert admit(Asked(read=True), above, [1], 1).read_by == "detector"
     assert admit(Asked("memorized", 0.5, 0.3, True), offered, [1, 2], 2).gate_by == "lower"
     for asked, there, message in (
         (
             Asked("generalized", gate=0.5),
             above,
-            "gate: the detector reads block 2, this vector shifts block 1 and above",
+            "gate: the detector reads block 2, this shift changes block 1 and above",
         ),
         (
             Asked("generalized", read=True),
             above,
             "read: the detector reads .*, or read first and steer in a second request$",
         ),
-        (Asked(read=True), Offered.of(offered.vectors, None, None), "read: this server has no detector"),
+        (Asked(read=True), Offered.of(offered.levers, None, None), "read: this server has no detector"),
         (
             Asked("generalized"),
             Offered.of({}, None, None),
-            "steer: this server has no vector to generalized; it has none",
+            "steer: this server has no vector or adapter to generalized; it has none",
         ),
     ):
         with pytest.raises(InputError, match=f"^{message}"):
@@ -134,13 +134,13 @@ def test_a_vector_of_all_positions_has_its_key_from_the_first_block_on(tmp_path:
     admitted = admit(Asked("generalized"), offered, list(range(40)), 40)
     assert (admitted.start, admitted.decision) == (0, 39)
     assert key_of_block({ADMITTED: asdict(admitted)}, 16) is not None
-    with pytest.raises(InputError, match=r"^gate: the detector reads .*, this vector shifts every token"):
+    with pytest.raises(InputError, match=r"^gate: the detector reads .*, this shift changes every token"):
         admit(Asked("generalized", gate=0.5), offered, [1], 1)
 
 
 def test_a_prompt_without_the_chat_template_is_refused(offered: Offered) -> None:
     vector = ms.SteeringVector("generalized", dict(offered.vectors["generalized"].shifts), opening=(7, 8))
-    chatting = Offered({"generalized": vector}, {})
+    chatting = Offered({"generalized": {"shift": vector}}, {})
     admit(Asked("generalized"), chatting, [7, 8, 9], 3)
     with pytest.raises(InputError, match=r"^steer: the prompt is not formatted by the chat template"):
         admit(Asked("generalized"), chatting, [7, 9, 9], 3)

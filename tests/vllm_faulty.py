@@ -19,8 +19,21 @@ from mnemoscope.serving.admission import Offered
 from mnemoscope.serving.http import wrapped
 
 
-def hooks_removed(act: Any, self: Any, reads: Any, shifts: Any, value: Any) -> Any:
-    return act(self, reads, [], value)
+def shifts_removed(begin: Any, self: Any, *rest: Any) -> None:
+    begin(self, *rest)
+    for parts in (self.now.shifted if self.now else {}).values():
+        parts[:] = [part[:0] for part in parts]
+
+
+def stale_pass(begin: Any, self: Any, *rest: Any) -> None:
+    """What was prepared for the pass before stays, where its rows are there."""
+    before = self.now_before if hasattr(self, "now_before") else {}
+    begin(self, *rest)
+    if self.now:
+        kept, self.now_before, rows = before, self.now.shifted, sum(rest[2])
+        self.now.shifted = {
+            way: parts for way, parts in kept.items() if not len(parts[0]) or int(parts[0].max()) < rows
+        }
 
 
 def alpha_ignored(begin: Any, self: Any, *rest: Any) -> None:
@@ -32,7 +45,7 @@ def alpha_ignored(begin: Any, self: Any, *rest: Any) -> None:
 def wrong_layer(opened: Any, source: Any, binding: Any) -> Offered:
     offered = opened(source, binding)
     moved = {way: {n + 1: shift for n, shift in one.shifts.items()} for way, one in offered.vectors.items()}
-    return replace(offered, vectors={way: replace(one, edits=moved[way]) for way, one in offered.vectors.items()})
+    return replace(offered, levers={w: {"shift": replace(one, edits=moved[w])} for w, one in offered.vectors.items()})
 
 
 def no_cache_separation(key_of_block: Any, *about: Any) -> None:
@@ -49,7 +62,8 @@ def rows_mixed_up(rows_of: Any, counts: Any, *rest: Any) -> Any:
 
 # Each with the check that must find it, and what it replaces.
 FAULTS: dict[str, tuple[Callable[..., Any], str, Any, str]] = {
-    "hooks removed": (hooks_removed, "steered = transformers'", worker.Steerer, "_act"),
+    "shifts removed": (shifts_removed, "steered = transformers'", worker.Steerer, "begin"),
+    "stale pass": (stale_pass, "steered = transformers'", worker.Steerer, "begin"),
     "alpha ignored": (alpha_ignored, "steered = transformers'", worker.Steerer, "begin"),
     "wrong layer": (wrong_layer, "steered = transformers'", Offered, "open"),
     "no cache separation": (no_cache_separation, "follow-up after steering = fresh", engine, "key_of_block"),

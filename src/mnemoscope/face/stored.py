@@ -46,12 +46,9 @@ def vector_file(source: Path, toward: str | None) -> Path:
 
 
 def artefacts_of(
-    source: Path, found: Binding, only_vectors: bool = False
+    source: Path, found: Binding
 ) -> tuple[dict[Toward, dict[str, Intervention]], Detector | None, Detector | None]:
-    """The levers and detectors of a file, a cell or a run; of a lever with several methods the best one.
-
-    ``only_vectors``: the best ones alone, as a server has no libraries for the others.
-    """
+    """The levers and detectors of a file, a cell or a run; of a lever with several methods the best one."""
     if source.is_file():
         described = source.with_suffix(".json")
         if described.is_file() and '"toward"' in read_text(described):
@@ -60,12 +57,10 @@ def artefacts_of(
         return {}, Detector.load(source), None
     check_closed(source)
     cell = cell_of(source, found)
-    paths = list(best_paths(cell).values())
-    if not only_vectors:
-        others = (intact(path) for path in chosen_paths(cell).values())
-        paths = list(dict.fromkeys([*best_paths(cell, levers=True).values(), *paths, *others]))
+    others = (intact(path) for path in chosen_paths(cell).values())
+    best = [*best_paths(cell, levers=True).values(), *best_paths(cell).values()]
     levers: dict[Toward, dict[str, Intervention]] = {}
-    for path in paths:
+    for path in dict.fromkeys([*best, *others]):
         one = load_intervention(path)
         levers.setdefault(one.toward, {}).setdefault(one.lever, one)
     paths = [cell / f"{name}.safetensors" for name in ("detector", "detector_below")]

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache, lru_cache
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
 
-from mnemoscope.interventions import Binding
+from mnemoscope.interventions import Binding, Toward
 from mnemoscope.models import load_model
 from mnemoscope.runs.errors import InputError
 from mnemoscope.serving import http
 from mnemoscope.serving.admission import (
     ADMITTED,
+    COPIES,
     ENVIRONMENT,
     FIELDS,
+    TOKENS,
+    Admitted,
     Offered,
     admit,
     key_of_block,
@@ -25,7 +33,7 @@ from mnemoscope.serving.admission import (
     refuse_unoffered,
 )
 from mnemoscope.serving.http import wrapped
-from mnemoscope.serving.worker import Steerer
+from mnemoscope.serving.worker import OPERATOR, Steerer
 
 CARRIER = 3  # place of ``kv_transfer_params``, behind the new tokens, among the arguments of ``make_request_output``
 # Kinds of models whose blocks return their state, or two parts of which it is the sum. Others keep a residual that is
@@ -60,15 +68,37 @@ def install() -> None:
 def offered_by(config: Any) -> Offered | None:
     """What an engine has, by its configuration, in any of its processes."""
     given = config.additional_config.get(ADMITTED) if isinstance(config.additional_config, dict) else None
-    return _opened(given["run"], Binding(**given["binding"]), given["digest"]) if isinstance(given, dict) else None
+    if not isinstance(given, dict):
+        return None
+    return _opened(given["run"], Binding(**given["binding"]), config.lora_config is not None, given["digest"])
 
 
 @lru_cache(maxsize=4)
-def _opened(run: str, binding: Binding, digest: str) -> Offered:
-    offered = Offered.open(run, binding)
+def _opened(run: str, binding: Binding, adapters: bool, digest: str) -> Offered:
+    offered = Offered.open(run, binding, adapters)
     if offered.digest != digest:
         raise InputError(f"{ENVIRONMENT}: {run} has changed since the server began to start")
     return offered
+
+
+@cache
+def _copies() -> Path:
+    """A folder of this process for copies of adapters, as long as it runs."""
+    folder = Path(mkdtemp(prefix="mnemoscope-"))
+    atexit.register(rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def adapter_of(offered: Offered, admitted: Admitted) -> Any:
+    """The engine's own request for an adapter of a strength, loaded from a copy; its name keys cached blocks."""
+    from vllm.lora.request import LoRARequest
+
+    toward, alpha = Toward.of(admitted.steer), admitted.alpha
+    name = f"{ADMITTED}-{offered.digest[:16]}-{toward.direction}-{alpha:g}"
+    if not (folder := _copies() / name).exists():
+        offered.levers[toward]["adapter"].scaled(alpha).save(folder)
+    # Numbers that no adapter of a server's own has, the same in each of its processes.
+    return LoRARequest(name, 2**20 + len(COPIES) * list(Toward).index(toward) + COPIES.index(alpha), str(folder))
 
 
 def _served(begin: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
@@ -87,15 +117,42 @@ def _configured(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if source:
         check_engine(config)
         binding = Binding.of(*load_model(config.model_config.model, dtype="auto"))  # opened once, as it was saved
-        offered = Offered.open(source, binding)
-        sites = {one.site for one in offered.artefacts.values()}
+        offered = Offered.open(source, binding, config.lora_config is not None)
+        sites = {getattr(one, "site", "") for one in offered.artefacts.values()}
         for site in sites & {"neuron", "head"} if config.parallel_config.tensor_parallel_size > 1 else ():
             raise InputError(f"site: {site!r} is split in tensor parallelism; allowed are block, attention, mlp")
+        check_adapters(config, [named["adapter"] for named in offered.levers.values() if "adapter" in named])
+        between_graphs(config.compilation_config)
         config.additional_config = {
             **extra,
             ADMITTED: {"run": source, "binding": asdict(binding), "digest": offered.digest},
         }
     return config
+
+
+def check_adapters(config: Any, adapters: list[Any]) -> None:
+    """Raises InputError where the engine cannot hold adapters that steer."""
+    rank = max((len(down_KI) for one in adapters for down_KI, _ in one.parts.values()), default=0)
+    if adapters and rank > config.lora_config.max_lora_rank:
+        raise InputError(f"max_lora_rank: {config.lora_config.max_lora_rank}; allowed is {rank} or more")
+    # On CPUs vLLM 0.32 adds the adapter of the last place to requests without any, unless that place is empty.
+    places = len(adapters) * len(COPIES) + 1
+    if adapters and config.device_config.device_type == "cpu" and config.lora_config.max_loras < places:
+        why = f"adapters of {len(COPIES)} strengths, and a place that stays empty, as requests without one get the last"
+        raise InputError(f"max_loras: {config.lora_config.max_loras}; allowed on a CPU is {places} or more: {why}")
+
+
+def between_graphs(compiling: Any) -> None:
+    """Let a compiler that cuts a model into graphs cut it at our operator, as at attention: what it does is looked up
+    when it runs, which a replayed graph would not do. A graph of a whole pass becomes several.
+    """
+    if compiling.splitting_ops:
+        compiling.splitting_ops = [*compiling.splitting_ops, OPERATOR]
+    if compiling.cudagraph_mode:
+        pieces = compiling.splitting_ops and not compiling.cudagraph_mode.has_full_cudagraphs()
+        compiling.cudagraph_mode = type(compiling.cudagraph_mode)["PIECEWISE" if compiling.splitting_ops else "NONE"]
+        kept = "" if pieces else f"; CUDA graphs are {compiling.cudagraph_mode.name}"
+        logging.getLogger("vllm.mnemoscope").warning("compiled passes with CUDA graphs were never run%s", kept)
 
 
 def check_engine(config: Any) -> None:
@@ -112,8 +169,7 @@ def check_engine(config: Any) -> None:
         ("revision", model.revision, None),
         ("tokenizer", model.tokenizer, model.model),
         ("hf_overrides", model.hf_overrides or None, None),
-        ("enforce_eager", model.enforce_eager, True),
-        ("compilation_config", int(config.compilation_config.mode or 0), 0),
+        ("use_inductor_graph_partition", config.compilation_config.use_inductor_graph_partition, False),
         ("VLLM_USE_V2_MODEL_RUNNER", int(config.use_v2_model_runner), 0),
         ("pipeline_parallel_size", parallel.pipeline_parallel_size, 1),
         ("data_parallel_size", parallel.data_parallel_size, 1),
@@ -143,7 +199,13 @@ def _admitted(process: Callable[..., Any], self: Any, *args: Any, **kwargs: Any)
                     raise InputError(f"{name}: was not tried together with {fields}; leave one of them out")
             prompt = request.prompt_token_ids if request.prompt_embeds is None else None
             length = len(request.prompt_embeds if prompt is None else prompt)
-            params.extra_args = {**given, ADMITTED: asdict(admit(asked, offered, prompt, length))}
+            if asked.read == TOKENS and params.n > 1:
+                raise InputError(f"n: {params.n}; with read: {TOKENS} allowed is 1")
+            words = self.tokenizer.decode(prompt) if asked.document and prompt else None
+            admitted = admit(asked, offered, prompt, length, words)
+            params.extra_args = {**given, ADMITTED: asdict(admitted)}
+            if admitted.steer and admitted.start is None:
+                request.lora_request = adapter_of(offered, admitted)
     except InputError as error:
         raise http.refusal(error) from None
     return request
@@ -178,15 +240,18 @@ def _pass_of(runner: Any) -> tuple[Any, ...]:
     """What the next pass holds, as ``Steerer.begin`` takes it."""
     batch, size = runner.input_batch, runner.input_batch.num_reqs
     counts = np.diff(runner.query_start_loc.np[: size + 1])
-    return list(batch.req_ids), runner.requests, counts, batch.num_computed_tokens_cpu[:size]
+    return list(batch.req_ids), runner.requests, counts, batch.num_computed_tokens_cpu[:size], runner.input_ids.gpu
 
 
 def _reported(sample: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """The output of a step, with reports on its requests."""
-    steerer, is_step = getattr(self, ADMITTED, None), self.execute_model_state is not None
+    steerer, step = getattr(self, ADMITTED, None), self.execute_model_state
+    if step is not None and steerer and steerer.writing:
+        steerer.writing.see(step.logits)
     output = sample(self, *args, **kwargs)
-    reports = {name: one.report for name, one in steerer.followed.items() if one.report} if steerer else {}
-    if is_step and reports:
+    followed = steerer.followed.items() if steerer and step is not None else ()
+    reports = {name: told for name, one in followed if (told := one.told())}
+    if reports:
         getattr(output, "_model_runner_output", output).mnemoscope = reports
     return output
 
@@ -205,7 +270,8 @@ def _told(make: Callable[..., Any], self: Any, new_token_ids: Any, *args: Any, *
     Raises RuntimeError where a request that asked is answered without one: no worker knows this plugin.
     """
     if len(args) > CARRIER and args[CARRIER] and ADMITTED in args[CARRIER]:
-        self.mnemoscope = args[CARRIER][ADMITTED]
+        before, now = getattr(self, ADMITTED, None) or {}, args[CARRIER][ADMITTED]
+        self.mnemoscope = now | ({TOKENS: [*before.get(TOKENS, ()), *now[TOKENS]]} if TOKENS in now else {})
         rest = {name: value for name, value in args[CARRIER].items() if name != ADMITTED}
         args = (*args[:CARRIER], rest or None, *args[CARRIER + 1 :])
     report = getattr(self, ADMITTED, None)

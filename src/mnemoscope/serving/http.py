@@ -11,7 +11,8 @@ from functools import wraps
 from typing import Any
 
 from mnemoscope.runs.errors import InputError
-from mnemoscope.serving.admission import ADMITTED, FIELDS, Offered, other_word, parse, refuse_unoffered
+from mnemoscope.serving.admission import ADMITTED, FIELDS, TOKENS, Offered, other_word, parse, refuse_unoffered
+from mnemoscope.serving.written import shares_of
 
 SSE = "data: "
 CARRYING = ("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch")  # settings there, reports back
@@ -141,13 +142,14 @@ class Guard:
 def _reporting(send: Callable[..., Any], reports: list[Any]) -> Callable[..., Any]:
     """What sends an answer, whole or in events, with reports in it."""
     begun: list[Any] = []  # held back until the length of the body is known
+    told: dict[int, int] = {}  # by choice, tokens whose reading was sent
 
-    async def told(message: Any) -> None:
+    async def sent(message: Any) -> None:
         if message["type"] == "http.response.start":
             begun.append(message)
             return
         if any(reports):
-            message = {**message, "body": _with_reports(message.get("body", b""), reports)}
+            message = {**message, "body": _with_reports(message.get("body", b""), reports, told)}
         for one in begun:
             length = str(len(message.get("body", b""))).encode()
             headers = [(name, length if name == b"content-length" else value) for name, value in one["headers"]]
@@ -155,19 +157,25 @@ def _reporting(send: Callable[..., Any], reports: list[Any]) -> Callable[..., An
         begun.clear()
         await send(message)
 
-    return told
+    return sent
 
 
-def _with_reports(body: bytes, reports: list[Any]) -> bytes:
-    """An answer, or events of it: choices that end get their reports."""
+def _with_reports(body: bytes, reports: list[Any], told: dict[int, int]) -> bytes:
+    """An answer, or events of it: choices that end get their reports, all get what was read of tokens since."""
     lines = body.decode().split("\n")
     for n, line in enumerate(lines):
         begin = SSE if line.startswith(SSE) else ""
         event = json.loads(line.removeprefix(SSE)) if line.startswith(begin + "{") else {}
-        ended = [choice for choice in event.get("choices", ()) if choice.get("finish_reason")]
-        for choice in ended:
-            choice[ADMITTED] = reports[choice["index"]]
-        lines[n] = begin + json.dumps(event, ensure_ascii=False) if ended else line
+        changed = False
+        for choice in event.get("choices", ()):
+            report, ended = reports[choice["index"]] or {}, bool(choice.get("finish_reason"))
+            tokens = report.get(TOKENS, [])
+            fresh = {TOKENS: tokens[told.get(choice["index"], 0) :]} if TOKENS in report else {}
+            told[choice["index"]] = len(tokens)
+            if ended or fresh.get(TOKENS):
+                choice[ADMITTED] = (report | fresh | shares_of(tokens)) if ended else fresh
+                changed = True
+        lines[n] = begin + json.dumps(event, ensure_ascii=False) if changed else line
     return "\n".join(lines).encode()
 
 

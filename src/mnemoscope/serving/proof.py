@@ -5,6 +5,8 @@ Checks ask through a function, ``Ask``, so they are the same over HTTP and anywh
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mnemoscope.auditing.origins.labels import ORIGINS
 from mnemoscope.face.fitted import Fitted
 from mnemoscope.face.stored import artefacts_of, cell_of, vectors_of
 from mnemoscope.interventions import Binding, Card, Toward, best_paths
@@ -21,8 +24,10 @@ from mnemoscope.interventions.detect import Reading
 from mnemoscope.runs.digests import intact, is_there, rewriting
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.locks import locked
-from mnemoscope.serving.served import ANSWERED, Ask, Proof, Request, Served, fresh_salt, largest
+from mnemoscope.serving.admission import TOKENS
+from mnemoscope.serving.served import ANSWERED, Ask, Proof, Request, Served, fresh_salt, largest, way_of
 
+log = logging.getLogger("mnemoscope")
 MOST_PROMPTS = 8
 LONG = 640  # tokens of a long prompt: four of them at once are more than vLLM reads in a pass by default (2,048)
 TALK = 136  # tokens of an answer that is talked on about: more than a block of any cache (16, on CPUs up to 128)
@@ -47,13 +52,18 @@ def prove(
     """
     server = Served(ask, fitted, list(dict.fromkeys(prompts))[:MOST_PROMPTS], room)
     server.check()
+    if server.left:
+        left = ", ".join(f"{way['lever']} to {way['steer']}" for way in server.left)
+        log.warning("not proven: %s; vLLM was started without --enable-lora", left)
     yield from _mixed(server)
     yield from _long(server, long)
     yield _follow_ups(server)
     yield _refused(server)
     if fitted.detector:
         yield _read(server)
-    if any(server.offered.below(vector, "gate") for vector in fitted.vectors.values()):
+    if fitted.reader:
+        yield _written(server)
+    if any(gates_of(server)):
         yield _gated(server)
 
 
@@ -63,7 +73,7 @@ def cost(ask: Ask, fitted: Fitted, prompts: Sequence[str]) -> list[float]:
     found: dict[bool, list[float]] = {False: [], True: []}
     for number in range(2 * ROUNDS + 2):
         steered = number % 2 == 1
-        settings = {"steer": server.ways[0]} if steered else {}
+        settings = server.ways[0] if steered else {}
         asked = [Request(ids, settings, 2 * ANSWERED, fresh_salt()) for ids in server.prompts]
         began = time.perf_counter()
         ask(asked)
@@ -108,9 +118,9 @@ def certify(source: Path, binding: Binding, engine: str, precision: str, proofs:
 def _mixed(server: Served) -> Iterator[Proof]:
     """All ways to ask at once, behind the unsteered requests alone."""
     settings: list[dict[str, Any]] = [{}]
-    for n, toward in enumerate(server.ways):
-        settings += [{"steer": toward}, {"steer": toward, "alpha": (2.0, 0.5)[n % 2]}]
-    settings.append({"steer": server.ways[0], "alpha": 0.0})
+    for n, way in enumerate(server.ways):
+        settings += [way, {**way, "alpha": (2.0, 0.5)[n % 2]}]
+    settings.append({**server.ways[0], "alpha": 0.0})
     requests = [server.request(ids, some) for ids in server.prompts for some in settings]
     plain = [request for request in requests if not request.settings]
     yield server.compared("unsteered = transformers'", plain, server.ask(plain))
@@ -127,7 +137,7 @@ def _long(server: Served, long: int) -> Iterator[Proof]:
         room = min(long, server.room - ANSWERED) - len(own)
         others = [token for ids in (*prompts[n + 1 :], *prompts[: n + 1]) for token in ids]  # another begins each
         filler = (others * (1 + max(0, room) // len(others)))[:room] if room > len(prompts[0]) else []
-        settings = {"steer": server.ways[n % len(server.ways)]} if n % 2 else {}
+        settings = server.ways[n % len(server.ways)] if n % 2 else {}
         requests.append(server.request((*filler, *own), settings))
     size = max(len(request.ids) for request in requests)
     yield server.compared(f"chunked = whole (up to {size} tokens)", requests, server.ask(requests))
@@ -143,7 +153,7 @@ def _apart(requests: Sequence[Request]) -> list[Request]:
 def _follow_ups(server: Served) -> Proof:
     """Follow-ups of talks, with and without steering before and now, against the same without a cache."""
     name = "follow-up after steering = fresh"
-    ways: list[dict[str, Any]] = [*({"steer": way} for way in server.ways), {"steer": server.ways[0], "alpha": 1.5}, {}]
+    ways: list[dict[str, Any]] = [*server.ways, {**server.ways[0], "alpha": 1.5}, {}]
     words, prompts = server.fitted.tokenizer, server.prompts[-4:]
     tails = [words(f" {text}", add_special_tokens=False).input_ids[:TAIL] for text in server.texts[:4]]
     written = min(TALK, server.room - max(map(len, prompts)) - max(map(len, tails)) - FOLLOWED)
@@ -171,7 +181,7 @@ def _follow_ups(server: Served) -> Proof:
 
 def _refused(server: Served) -> Proof:
     """Requests that ask wrongly, and for what this run cannot do; each must be a 400 that names the field."""
-    toward = server.ways[0]
+    toward = server.ways[0]["steer"]
     wrong: list[tuple[str, dict[str, Any]]] = [
         ("steer", {"steer": "sideways"}),
         ("alpha", {"steer": toward, "alpha": -1}),
@@ -180,10 +190,10 @@ def _refused(server: Served) -> Proof:
         ("read", {"read": "perhaps"}),
         ("stear", {"stear": toward}),
     ]
-    vectors = server.fitted.vectors
-    wrong += [("steer", {"steer": way}) for way in ("generalized", "memorized") if way not in vectors]
+    wrong += [("steer", {"steer": one}) for one in Toward if one not in server.offered.levers]
+    wrong += [("lever", {"steer": toward, "lever": "words"}), ("lever", {"lever": "adapter"})]
     wrong += [
-        ("gate", {"steer": way, "gate": 0.5}) for way in vectors if not server.offered.below(vectors[way], "gate")
+        ("gate", {**way, "gate": 0.5}) for way, gate in zip(server.ways, gates_of(server), strict=True) if not gate
     ]
     wrong += [] if server.fitted.detector else [("read", {"read": 1})]
     answers = server.ask([server.request(server.prompts[0], some, 1) for _, some in wrong])
@@ -216,17 +226,48 @@ def _read(server: Served) -> Proof:
     return Proof("read = detect", difference, server.bounds.read, *facts)
 
 
+def _written(server: Served) -> Proof:
+    """What is told of each token of an answer while it is written, as the reader reads the answer here."""
+    documents = [document for text in server.texts for document in ("", text[: len(text) // 2])]
+    prompts = [ids for ids in server.prompts for _ in range(2)]
+    asked = [
+        server.request(ids, {"read": TOKENS, "document": document})
+        for ids, document in zip(prompts, documents, strict=True)
+    ]
+    beside = [server.request(ids, server.ways[0]) for ids in server.prompts]  # in the same passes
+    answers = server.ask([*asked, *beside])[: len(asked)]
+    well = [(one, answer) for one, answer in zip(asked, answers, strict=True) if len(answer.tokens) == one.tokens]
+    faults, apart, wanted = [f"{one.message or 'no answer'}" for one in answers if one.status != 200], [], []
+    for (_, answer), wanted_M4 in zip(well, server.origins(well), strict=True):
+        told = (answer.report or {}).get(TOKENS) or []
+        told_M4 = np.array([[one.get(name, math.nan) for name in (*ORIGINS, "unlike")] for one in told], float)
+        if told_M4.shape != wanted_M4.shape:
+            faults.append(f"{len(told)} tokens are read of {len(wanted_M4)}")
+            continue
+        apart.append(told_M4[:, :3] - wanted_M4[:, :3])
+        wanted.append(wanted_M4[:, :3])
+    spread = largest([np.ptp(np.concatenate(wanted), axis=0)]) if wanted else 0.0
+    facts = len(asked), len(faults), 0, spread, next(iter(faults), "")
+    return Proof("tokens = read", largest(apart), server.bounds.read, *facts)
+
+
 def _gated(server: Served) -> Proof:
     """Gates that open on some prompts and not on others, as far as these prompts allow."""
     requests, acts = [], []
-    for toward, vector in server.fitted.vectors.items():
-        if detector := server.offered.below(vector, "gate"):
-            reading = server.readings(detector)
+    for way, detector in zip(server.ways, gates_of(server), strict=True):
+        if detector:
+            toward, reading = Toward.of(way["steer"]), server.readings(detector)
             threshold = _threshold(reading, toward)
-            requests += [server.request(ids, {"steer": toward, "gate": threshold}) for ids in server.prompts]
+            requests += [server.request(ids, {**way, "gate": threshold}) for ids in server.prompts]
             acts += reading.acts(toward, threshold).tolist()
     name = f"gate as in transformers ({sum(acts)} of {len(acts)} open)"
     return server.compared(name, requests, server.ask(requests), acts)
+
+
+def gates_of(server: Served) -> list[str | None]:
+    """The detector that can gate each of a server's levers in the pass that it steers."""
+    levers = (server.offered.levers[way.steer][way.lever] for way in map(way_of, server.ways))
+    return [server.offered.below(lever, "gate") for lever in levers]
 
 
 def _threshold(reading: Reading, toward: Toward) -> float:

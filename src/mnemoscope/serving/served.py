@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import left_padded
+from mnemoscope.behaviour import Asking, left_padded, read_behind
 from mnemoscope.face.fitted import Fitted
 from mnemoscope.interventions import Toward
 from mnemoscope.interventions.detect import Reading
@@ -30,6 +30,18 @@ from mnemoscope.serving.admission import Offered
 BATCH = 8  # requests in a pass
 ANSWERED = 12  # tokens of an answer
 LEAST_ROOM = 96  # tokens of prompt and answer
+
+
+class Way(NamedTuple):
+    """A lever of a direction."""
+
+    steer: Toward
+    lever: str
+
+
+def way_of(settings: Mapping[str, Any]) -> Way:
+    """Of settings that steer; those of a proof name the lever."""
+    return Way(Toward.of(settings["steer"]), settings["lever"])
 
 
 class Bounds(NamedTuple):
@@ -130,13 +142,16 @@ class Served:
     """What asks, and what it is compared with. Requests of a proof share cached blocks with no other requests."""
 
     def __init__(self, ask: Ask, fitted: Fitted, texts: Sequence[str], room: int | None = None) -> None:
-        if not fitted.vectors:
-            raise InputError(f"from: {fitted.source} has no vectors, so there is nothing to prove")
+        self.offered = Offered.of(fitted.levers, fitted.detector, fitted.lower_detector, fitted.reader)
+        if not self.offered.levers:
+            raise InputError(f"from: {fitted.source} has no vectors or adapters, so there is nothing to prove")
         self.ask, self.fitted, self.texts, self.salt = ask, fitted, texts, fresh_salt()
         self.room = room or context_length(fitted.model)
         self.prompts = [tuple(fitted.inputs([text]).input_ids[0].tolist()) for text in texts]
-        self.offered = Offered.of(fitted.vectors, fitted.detector, fitted.lower_detector)
-        self.ways: list[Toward] = list(fitted.vectors)
+        every = self.offered.levers.items()
+        # Settings of each lever; ``check`` leaves out what the server was started without, which are ``left``.
+        self.ways: list[dict[str, str]] = [{"steer": toward, "lever": name} for toward, some in every for name in some]
+        self.left: list[dict[str, str]] = []
         self.bounds = BOUNDS.get(fitted.model.dtype, BOUNDS[torch.float32])
 
     def request(self, ids: Sequence[int], settings: Mapping[str, Any], tokens: int = ANSWERED) -> Request:
@@ -151,9 +166,14 @@ class Served:
         if longest > self.room - LEAST_ROOM // 2 or self.room < LEAST_ROOM:
             told = f"the longest has {longest} tokens, the server takes {self.room} with the answer"
             raise InputError(f"prompts: {told}; allowed are {max(0, self.room - LEAST_ROOM // 2)}")
-        steered, wrong = self.ask([self.request(self.prompts[0], {"steer": w}, 1) for w in (self.ways[0], "sideways")])
-        if steered.status != 200:
-            raise InputError(f"server: refuses to steer to {self.ways[0]} ({steered.status}: {steered.message})")
+        asked = [self.request(self.prompts[0], settings, 1) for settings in (*self.ways, {"steer": "sideways"})]
+        *answers, wrong = self.ask(asked)
+        both = list(zip(self.ways, answers, strict=True))
+        self.left = [way for way, one in both if way["lever"] == "adapter" and "lever: 'adapter'" in one.message]
+        self.ways = [way for way in self.ways if way not in self.left]
+        steered = next((one for way, one in both if one.status != 200 and way in self.ways), answers[0])
+        if steered.status != 200 or not self.ways:
+            raise InputError(f"server: refuses to steer ({steered.status}: {steered.message})")
         if not steered.report and wrong.status == 200:
             raise InputError(
                 "server: has no plugin of ours, as it answers without a report and takes any direction; start it where "
@@ -175,9 +195,9 @@ class Served:
         # Nothing is seen where no answer that should be steered can be compared.
         steered = [(one, log_p_M) for one, (log_p_M, _) in zip(well, found, strict=True) if one[2]]
         without = self.expected([(request, answer, 0.0) for (request, answer, _), _ in steered])
-        moved = defaultdict[str, list[np.ndarray]](list)
+        moved = defaultdict[Any, list[np.ndarray]](list)
         for ((request, _, _), log_p_M), (other_M, _) in zip(steered, without, strict=True):
-            moved[request.settings["steer"]].append(log_p_M - other_M)
+            moved[way_of(request.settings)].append(log_p_M - other_M)
         visible = min(map(largest, moved.values()), default=0.0 if any(factors) else math.nan)
         told = [fault for fault in told if fault]
         told += ["another token is better" for _, behind in found if (behind > self.bounds.tie).any()]
@@ -196,22 +216,22 @@ class Served:
         if not request.settings:
             return f"a report on a request that asked for nothing: {answer.report}" if answer.report else ""
         report, wanted = answer.report or {}, dict[str, Any](acted=factor > 0)
-        wanted |= {"steer": request.settings.get("steer"), "alpha": factor} if factor else {}
+        wanted |= {"alpha": factor, **way_of(request.settings)._asdict()} if factor else {}
         wrong = [name for name, value in wanted.items() if report.get(name) != value]
         return f"reports {wrong[0]} {report.get(wrong[0])!r} instead of {wanted[wrong[0]]!r}" if wrong else ""
 
     @torch.no_grad()
     def expected(self, asked: Sequence[Steered]) -> list[Expected]:
         """What transformers gives for the tokens of answers of the same length, each of one token or more."""
-        model, groups, found = self.fitted.model, defaultdict[str, list[int]](list), dict[int, Expected]()
+        model, groups, found = self.fitted.model, defaultdict[Any, list[int]](list), dict[int, Expected]()
         for n, (request, _, factor) in enumerate(asked):
-            groups[request.settings["steer"] if factor else ""].append(n)
+            groups[way_of(request.settings) if factor else None].append(n)
         parts = [(way, all_n[i : i + BATCH]) for way, all_n in groups.items() for i in range(0, len(all_n), BATCH)]
-        for toward, some in parts:
+        for way, some in parts:
             length = len(asked[some[0]][1].tokens)
             ids_NT, mask_NT = self._padded([(*asked[n][0].ids, *asked[n][1].tokens) for n in some])
             inputs = pass_inputs(model, ids_NT, mask_NT) | {"use_cache": False}
-            with self._steered(toward, [asked[n][2] for n in some], ids_NT.shape[1] - length - 1):
+            with self._steered(way, [asked[n][2] for n in some], ids_NT.shape[1] - length - 1):
                 logits_NMV = with_last_logits(model, inputs, length + 1).logits[:, -length - 1 : -1]
             found |= zip(some, _of_logits(logits_NMV, ids_NT[:, -length:]), strict=True)
         return [found[n] for n in range(len(asked))]
@@ -223,7 +243,7 @@ class Served:
         """
         model, before, length = self.fitted.model, len(talk.ids) + len(written.tokens), len(answer.tokens)
         ids_1T, mask_1T = self._padded([(*follow.ids, *answer.tokens)])
-        with self._steered(talk.settings["steer"], talk.settings.get("alpha", 1.0), len(talk.ids) - 1):
+        with self._steered(way_of(talk.settings), talk.settings.get("alpha", 1.0), len(talk.ids) - 1):
             cache = cache_of(model(**pass_inputs(model, ids_1T[:, :before], mask_1T[:, :before])))
         logits_1MV = model(**pass_inputs(model, ids_1T[:, before:], mask_1T, cache)).logits[:, -length - 1 : -1]
         return _of_logits(logits_1MV, ids_1T[:, -length:])[0][0]
@@ -232,12 +252,24 @@ class Served:
         """What a detector of the server reads at the end of all prompts."""
         return replace(self.fitted, detector=self.offered.detectors[name]).detect(self.texts)
 
-    def _steered(self, toward: str, alpha: Any, last: int) -> AbstractContextManager[None]:
-        """The context of a vector, none for ``""``, whose prompts end in a column."""
-        if not toward:
+    def origins(self, asked: Sequence[tuple[Request, Answer]]) -> list[np.ndarray]:
+        """What the reader says of each answer but its last token, (M - 1, 4): probabilities, and 1 where unlike."""
+        reader, asking = self.fitted.reader, Asking(self.fitted.model, self.fitted.tokenizer, batch_size=BATCH)
+        if reader is None:
+            return []
+        texts = [(list(request.ids), list(answer.tokens)) for request, answer in asked]
+        found = list[np.ndarray]()
+        for (request, _), read in zip(asked, read_behind(asking, texts, reader.layers), strict=True):
+            facts = read.states_ULD, read.logp_T, read.entropy_T, bool(request.settings["document"])
+            found.append(np.column_stack(reader.numbers(*facts))[:-1])
+        return found
+
+    def _steered(self, way: Way | None, alpha: Any, last: int) -> AbstractContextManager[None]:
+        """The context of a lever, none for None, whose prompts end in a column."""
+        if not way:
             return nullcontext()
-        vector = self.fitted.vector(toward)
-        return vector.apply(self.fitted.model, alpha, None if vector.everywhere else last)
+        lever = self.offered.levers[way.steer][way.lever]
+        return lever.apply(self.fitted.model, alpha, None if lever.everywhere else last)
 
     def _padded(self, rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         return left_padded(rows, self.fitted.tokenizer.pad_token_id or 0, self.fitted.model.device)

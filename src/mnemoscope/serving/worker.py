@@ -1,6 +1,8 @@
 """Reads and shifts states inside a vLLM worker. Imports no vLLM: the model is given, and what each pass holds.
 
-A pass holds tokens of many requests, one request behind the other.
+A pass holds tokens of many requests, one request behind the other. At each place that is read or shifted stands one
+operator, in the model's own graph where that is compiled; what it does is looked up when it runs, so the graph is the
+same for all requests.
 
 Shapes: N requests in a pass, T rows (tokens) of it, R shifted rows, D neurons.
 """
@@ -11,7 +13,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -19,12 +23,30 @@ from torch import Tensor, nn
 
 from mnemoscope.interventions import Toward
 from mnemoscope.interventions.detect import Reading
-from mnemoscope.models import site_module, with_states
-from mnemoscope.serving.admission import ADMITTED, Admitted, Offered
+from mnemoscope.models import site_module
+from mnemoscope.serving.admission import ADMITTED, TOKENS, Admitted, Offered
+from mnemoscope.serving.written import Writing, Written
 
 Place = tuple[nn.Module, bool]  # a module, and whether states are its input
+Seen = Callable[["Pass", Callable[[Tensor], Tensor]], None]  # of a pass, and what gives the states (R, D) of rows
 Added = Callable[[Tensor], Tensor]  # states (R, D) -> what is added to them, float32
 NEVER = 2**62  # a position
+OPERATOR = "mnemoscope::act"
+_steerers: WeakValueDictionary[int, Steerer] = WeakValueDictionary()  # by number, as graphs hold plain values
+_numbers = count()
+
+
+@torch.library.custom_op(OPERATOR, mutates_args=("states_TD",))
+def act(states_TD: Tensor, residual_TD: Tensor | None, steerer: int, place: int) -> None:
+    """Read and shift rows of a pass; a compiler sees that states may change here, and nothing else."""
+    _steerers[steerer].act(place, states_TD, residual_TD)
+
+
+def _acting(steerer: int, place: int, value: Any) -> None:
+    """The operator, on the output (or the inputs) of a module: states, and the residual where a block gives both."""
+    states_TD, *rest = value if isinstance(value, tuple) else (value,)
+    both = rest and isinstance(rest[0], Tensor) and rest[0].shape == states_TD.shape
+    act(states_TD, rest[0] if both else None, steerer, place)
 
 
 def rows_of(
@@ -56,12 +78,21 @@ class Followed:
         acts: whether its shift acts; None until its gate has decided.
         readings: by detector, of its decision position.
         report: what is told about it, once its decision position was read.
+        written: its answer, where that is read.
     """
 
     admitted: Admitted
     acts: bool | None
     readings: dict[str, Reading] = field(default_factory=dict)
     report: dict[str, Any] | None = None
+    written: Written | None = None
+
+    def told(self) -> dict[str, Any] | None:
+        """The report, with what became known of tokens since it was told last."""
+        if not self.written or not self.report:
+            return self.report
+        fresh, self.written.fresh = self.written.fresh, []
+        return self.report | {TOKENS: fresh}
 
 
 @dataclass(slots=True)
@@ -93,29 +124,44 @@ class Steerer:
         self.offered, self.device = offered, device
         self.followed: dict[str, Followed] = {}
         self.now: Pass | None = None
-        places: dict[Place, tuple[list[str], list[tuple[Toward, Added]]]] = {}
+        self.writing = Writing(offered.reader, device) if offered.reader else None
+        places: dict[Place, tuple[list[Seen], list[tuple[Toward, Added]]]] = {}
         for artefact in offered.artefacts.values():
             artefact.check_shape(model)
         for name, detector in offered.detectors.items():
-            places.setdefault(site_module(model, detector.layer, detector.site), ([], []))[0].append(name)
+            place = site_module(model, detector.layer, detector.site)
+            places.setdefault(place, ([], []))[0].append(partial(self._read, name))
+        for layer in offered.reader.layers if self.writing and offered.reader else ():
+            place = site_module(model, layer, "block")
+            places.setdefault(place, ([], []))[0].append(partial(self._keep, layer))
         for toward, vector in offered.vectors.items():
             for layer, edits in vector.edits.items():
                 place = site_module(model, layer, vector.site)
                 places.setdefault(place, ([], []))[1].extend((toward, one.to(device).added) for one in edits)
-        self.places = len(places)
-        for (module, is_input), (reads, shifts) in places.items():
-            act = partial(self._act, reads, shifts)
+        self.places = list(places.values())
+        number = next(_numbers)
+        _steerers[number] = self
+        for n, (module, is_input) in enumerate(places):
+            acting = partial(_acting, number, n)
             if is_input:
-                module.register_forward_pre_hook(lambda _, inputs, act=act: act(inputs))
+                module.register_forward_pre_hook(lambda _, inputs, acting=acting: acting(inputs))
             else:
-                module.register_forward_hook(lambda _, inputs, output, act=act: act(output))
+                module.register_forward_hook(lambda _, inputs, output, acting=acting: acting(output))
         model.register_forward_pre_hook(lambda *_: self.begin(*held()))
         model.register_forward_hook(lambda *_: self.end())
 
     def begin(
-        self, names: Sequence[str], requests: Mapping[str, Any], counts: Sequence[int], computed: Sequence[int]
+        self,
+        names: Sequence[str],
+        requests: Mapping[str, Any],
+        counts: Sequence[int],
+        computed: Sequence[int],
+        ids_T: Tensor,
     ) -> None:
-        """Prepare a pass of requests; ``requests``: all of vLLM's runner that have not ended. See ``rows_of``."""
+        """Prepare a pass of requests; ``requests``: all of vLLM's runner that have not ended. See ``rows_of``.
+
+        ``ids_T``: the tokens, in a buffer that may be longer.
+        """
         self.now = None
         self.followed = {name: one for name, one in self.followed.items() if name in requests}
         asking = [self._follow(name, requests[name]) for name in names]
@@ -134,50 +180,67 @@ class Steerer:
         for toward in {*ways_R.tolist()}:
             parts = (part[ways_R == toward] for part in (rows_R, owner_R, factors_R1))
             shifted[toward] = [torch.from_numpy(part).to(self.device) for part in parts]
-        self.now = Pass(asking, decision_N, shifted, self.places)
+        if self.writing:
+            self.writing.begin([one.written if one else None for one in asking], counts, computed, ids_T)
+        self.now = Pass(asking, decision_N, shifted, len(self.places))
 
     def end(self) -> None:
         """Close a pass; RuntimeError where a hook did not run, so that no request is answered unsteered."""
         done, self.now = self.now, None
         if done and done.left:
-            parts = f"{done.left} of {self.places} read or steered parts"
+            parts = f"{done.left} of {len(self.places)} read or steered parts"
             raise RuntimeError(f"mnemoscope: {parts} did not run in this pass")
         for one, row in zip(done.requests, done.decision_N, strict=True) if done else ():
             if one and row >= 0 and one.report is None:
                 one.report = report_of(one, self.offered)
+        if done and self.writing:
+            self.writing.end()
 
     def _follow(self, name: str, request: Any) -> Followed | None:
         facts = (getattr(request.sampling_params, "extra_args", None) or {}).get(ADMITTED)
         if facts and name not in self.followed:
             admitted = Admitted(**facts)
-            self.followed[name] = Followed(admitted, None if admitted.gate is not None else admitted.start is not None)
+            if adapted := admitted.steer is not None and admitted.start is None:
+                check_adapted(request)
+            acts = None if admitted.gate is not None else adapted or admitted.start is not None
+            reads = Written(admitted.decision, admitted.has_document) if admitted.read == TOKENS else None
+            self.followed[name] = Followed(admitted, acts, written=reads)
         return self.followed.get(name)
 
-    def _act(self, reads: list[str], shifts: list[tuple[Toward, Added]], value: Any) -> Any:
-        """Read, then shift, the states in an output (or in the inputs) of a module."""
-        now = self.now
+    def act(self, place: int, states_TD: Tensor, residual_TD: Tensor | None) -> None:
+        """Read, then shift in place, the states at a place; of blocks that give two parts these are their sum."""
+        now, (reads, shifts) = self.now, self.places[place]
         if now is None:
-            return None
+            return
         now.left -= 1
-        first = changed = value[0] if isinstance(value, tuple) else value
-        if first.ndim != 2:
+        if states_TD.ndim != 2:
             raise RuntimeError("mnemoscope: states of this model are not one row a token")
-        for name in reads:
-            self._read(now, name, value)
+
+        def whole(rows_R: Tensor) -> Tensor:
+            return states_TD[rows_R] if residual_TD is None else states_TD[rows_R] + residual_TD[rows_R]
+
+        for read in reads:
+            read(now, whole)
+        several = list[tuple[Tensor, Tensor]]()  # all of them from the states before
         for toward, added in shifts:
             if toward in now.shifted:
                 rows_R, _, factors_R1 = now.shifted[toward]
-                changed = changed.index_add(0, rows_R, (factors_R1 * added(_sum(value, rows_R))).to(first.dtype))
-        return None if changed is first else with_states(value, changed)
+                several.append((rows_R, factors_R1 * added(whole(rows_R))))
+        for rows_R, more_RD in several:
+            states_TD.index_add_(0, rows_R, more_RD.to(states_TD.dtype))
 
-    def _read(self, now: Pass, name: str, value: Any) -> None:
+    def _keep(self, layer: int, now: Pass, whole: Callable[[Tensor], Tensor]) -> None:
+        if self.writing:
+            self.writing.keep(layer, whole)
+
+    def _read(self, name: str, now: Pass, whole: Callable[[Tensor], Tensor]) -> None:
         """Read the requests whose decision position this pass holds; gates decide."""
         held = [(one, n) for n, one in enumerate(now.requests) if one and now.decision_N[n] >= 0]
         wanted = [(one, n) for one, n in held if name in (one.admitted.gate_by, one.admitted.read_by)]
         if not wanted:
             return
         rows = torch.from_numpy(now.decision_N[[n for _, n in wanted]]).to(self.device)
-        reading = self.offered.detectors[name].read_verdict(_sum(value, rows).float().cpu().numpy())
+        reading = self.offered.detectors[name].read_verdict(whole(rows).float().cpu().numpy())
         parts = (reading.p_memorized_by_layer, reading.p_conflict, reading.distance)
         for place, (one, n) in enumerate(wanted):
             asked = one.admitted
@@ -189,20 +252,18 @@ class Steerer:
                     now.shifted[asked.steer] = [part[open_R] for part in now.shifted[asked.steer]]
 
 
-def _sum(value: Any, rows_R: Tensor) -> Tensor:
-    """States (R, D) of some rows: the first entry, and the residual where a block gives both."""
-    if not isinstance(value, tuple):
-        return value[rows_R]
-    states, *rest = value
-    residual = rest[0] if rest and isinstance(rest[0], Tensor) and rest[0].shape == states.shape else None
-    return states[rows_R] if residual is None else states[rows_R] + residual[rows_R]
+def check_adapted(request: Any) -> None:
+    """Raises RuntimeError where a request of vLLM's runner that an adapter steers has none of ours."""
+    adapter = getattr(request, "lora_request", None)
+    if not adapter or not adapter.lora_name.startswith(ADMITTED):
+        raise RuntimeError("mnemoscope: a request that an adapter steers came without it")
 
 
 def report_of(one: Followed, offered: Offered) -> dict[str, Any]:
     """What is told of a request."""
     asked = one.admitted
     facts: dict[str, Any] = {"steer": asked.steer, "alpha": asked.alpha if asked.steer else 0.0}
-    facts |= {"acted": bool(one.acts)}
+    facts |= {"lever": asked.lever, "acted": bool(one.acts)}
     if name := asked.read_by or asked.gate_by:
         reading, detector = one.readings[name], offered.detectors[name]
         numbers = {n: float(getattr(reading, n)[0]) for n in ("p_memorized", "p_conflict", "distance")}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mnemoscope.auditing.origins.labels import ORIGINS, UNSURE, Labelled, labelled
-from mnemoscope.auditing.origins.reader import Reader
+from mnemoscope.auditing.origins.reader import Reader, features, pairs
 from mnemoscope.auditing.origins.spans import Pool, mentions, spans_of, swapped
 from mnemoscope.auditing.origins.texts import Form, Text, answered, asked
 from mnemoscope.behaviour import Asking, read_behind
@@ -44,10 +44,7 @@ class Tokens:
     def of(cls, asking: Asking, form: Form, several: Sequence[Labelled], layers: Sequence[int]) -> Tokens:
         """Read labelled answers once."""
         read = read_behind(asking, [(asked(asking, form, one.text), one.ids) for one in several], layers)
-        states, sure = list[np.ndarray](), list[np.ndarray]()
-        for one in read:
-            states.append(np.stack([one.states_ULD[:-1], one.states_ULD[1:]], axis=2))
-            sure.append(np.stack([one.logp_T, one.entropy_T], axis=1))
+        states, sure = zip(*(pairs(one.states_ULD, one.logp_T, one.entropy_T) for one in read), strict=True)
         inside = [np.isin(np.arange(len(one.ids)), [p for s in one.spans for p in one.tokens_of(s)]) for one in several]
         label_N = np.concatenate([one.token_T for one in several])
         groups = [one.text.group or one.text.document for one in several]
@@ -56,9 +53,8 @@ class Tokens:
         return cls(*(part[label_N != UNSURE] for part in (*parts, group_N)))
 
     def features(self, places: Sequence[int]) -> np.ndarray:
-        """Of some layers, as ``reader.features`` has them, float32 (N, F)."""
-        states_NF = self.states_NL2D[:, places].reshape(len(self.label_N), -1)
-        return np.concatenate([states_NF, self.sure_N2], axis=1, dtype=np.float32)
+        """Of some layers, float32 (N, F)."""
+        return features(self.states_NL2D[:, places], self.sure_N2, np.float32)
 
     def folds(self, seed: int) -> np.ndarray:
         """A fold for each token, that of its group."""

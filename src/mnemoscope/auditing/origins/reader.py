@@ -209,7 +209,14 @@ class Reader(Artefact):
         facts: tuple[np.ndarray, np.ndarray, np.ndarray],
         document: bool,
     ) -> Origins:
-        return Origins(answer, offsets, self.p_of(features(*facts), document), self.unlike(facts[0][:-1, 0]))
+        return Origins(answer, offsets, *self.numbers(*facts, document))
+
+    def numbers(
+        self, states_ULD: np.ndarray, logp_T: np.ndarray, entropy_T: np.ndarray, document: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """``p_T3`` and ``unlike_T`` of tokens, see ``Origins`` and ``behaviour.Read``."""
+        x_TF = features(*pairs(states_ULD, logp_T, entropy_T))
+        return self.p_of(x_TF, document), self.unlike(states_ULD[:-1, 0])
 
     @torch.no_grad()
     def write(self, asking: Asking, asked: Asked, tokens: int = 64) -> Origins:
@@ -273,18 +280,27 @@ class _Seen:
     def __call__(self, ids_NT: Tensor, logits_NV: Tensor) -> Tensor:
         if self.states_LD:
             self.logp.append(float(self.last_V[ids_NT[0, -1]]))
-        below_V = (logits_NV[0].float() - logits_NV[0].max()).clamp(min=-80.0)
-        share_V = below_V.exp()
-        total = share_V.sum()
-        self.entropy.append(float(total.log() - share_V.dot(below_V) / total))
-        self.last_V = below_V - total.log()
+        (self.last_V,), (entropy,) = sure_of(logits_NV[:1])
+        self.entropy.append(float(entropy))
         self.states_LD.append(torch.stack([state_NTD[0, -1] for state_NTD in self.states]).float().cpu().numpy())
         return logits_NV
 
 
-def features(states_ULD: np.ndarray, logp_T: np.ndarray, entropy_T: np.ndarray) -> np.ndarray:
-    """By layer the state before each token and the one at it, its log probability and the entropy; float64 (T, F)."""
-    both_TL2D = np.stack([states_ULD[:-1], states_ULD[1:]], axis=2)
-    return np.concatenate([both_TL2D.reshape(len(logp_T), -1), logp_T[:, None], entropy_T[:, None]], axis=1).astype(
-        float
-    )
+def sure_of(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Log probabilities (N, V), float32, and their entropy (N,), nats."""
+    below_NV = logits_NV.float()
+    below_NV = (below_NV - below_NV.max(-1, keepdim=True).values).clamp(min=-80.0)
+    share_NV = below_NV.exp()
+    total_N1 = share_NV.sum(-1, keepdim=True)
+    entropy_N = total_N1[:, 0].log() - torch.linalg.vecdot(share_NV, below_NV) / total_N1[:, 0]
+    return below_NV - total_N1.log(), entropy_N
+
+
+def pairs(states_ULD: np.ndarray, logp_T: np.ndarray, entropy_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The states before and at each token by layer (T, L, 2, D), and its log probability and the entropy (T, 2)."""
+    return np.stack([states_ULD[:-1], states_ULD[1:]], axis=2), np.stack([logp_T, entropy_T], axis=1)
+
+
+def features(states_TL2D: np.ndarray, sure_T2: np.ndarray, dtype: type[np.floating[Any]] = np.float64) -> np.ndarray:
+    """What the probe reads of tokens, see ``pairs``; (T, F)."""
+    return np.concatenate([states_TL2D.reshape(len(sure_T2), -1), sure_T2], axis=1, dtype=dtype)
