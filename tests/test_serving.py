@@ -134,8 +134,13 @@ def test_a_vector_of_all_positions_has_its_key_from_the_first_block_on(tmp_path:
     admitted = admit(Asked("generalized"), offered, list(range(40)), 40)
     assert (admitted.start, admitted.decision) == (0, 39)
     assert key_of_block({ADMITTED: asdict(admitted)}, 16) is not None
-    with pytest.raises(InputError, match=r"^gate: the detector reads .*, this shift changes every token"):
+    with pytest.raises(InputError, match=r"^read: the detector reads .*, this shift changes every token"):
+        admit(Asked("generalized", read=True), offered, [1], 1)
+    with pytest.raises(InputError, match=r"^gate: what acts on every token is gated by a pass beforehand"):
         admit(Asked("generalized", gate=0.5), offered, [1], 1)
+    deciding = admit(Asked("generalized", gate=0.5), offered, [1], 1, deciding=True)
+    assert (deciding.start, deciding.gate_by, deciding.adapted) == (None, "detector", False)
+    assert key_of_block({ADMITTED: asdict(deciding)}, 16) is None  # nothing acts yet
 
 
 def test_a_prompt_without_the_chat_template_is_refused(offered: Offered) -> None:

@@ -54,15 +54,15 @@ ENVIRONMENT = {
     **{"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"},
 }
 SMALL = ("--num-gpu-blocks-override", "14")  # a request of all tokens, and a few more
-CHUNKED = ("--max-num-batched-tokens", "16")
+CHUNKED, EAGER = ("--max-num-batched-tokens", "16"), ("--enforce-eager",)
 SERVERS: dict[str, tuple[str, ...]] = {
-    "as it comes": (),
-    "in chunks, preempted": (*CHUNKED, *SMALL),
+    "as it comes": (),  # compiled
+    "in chunks, preempted": (*EAGER, *CHUNKED, *SMALL),
 }
 if MODEL:
     SERVERS |= {"in chunks": CHUNKED, "preempted": SMALL, "no prefix caching": ("--no-enable-prefix-caching",)}
 else:  # SmolLM2 has nine heads
-    SERVERS |= {"two ranks": ("--tensor-parallel-size", "2")}
+    SERVERS |= {"two ranks": (*EAGER, "--tensor-parallel-size", "2")}
 # Heads of 32 neurons, the fewest that vLLM's kernels take.
 _SIZES: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": CONTEXT}
 SIZES: dict[str, dict[str, Any]] = {
@@ -81,8 +81,8 @@ class Material:
     texts: list[str]
 
     @classmethod
-    def make(cls, out: Path, name: str = "") -> Material:
-        """Of the tiny model, or of one by its name."""
+    def make(cls, out: Path, name: str = "", positions: str = "decision") -> Material:
+        """Of the tiny model, or of one by its name; ``positions`` that vectors act at."""
         model, tokenizer = load_model(name) if name else large()
         draws = torch.Generator().manual_seed(2)
         shared = torch.randint(3, len(tokenizer), (3, 80), generator=draws).tolist()
@@ -92,7 +92,8 @@ class Material:
         for part in (model, tokenizer):
             part.save_pretrained(out / "model")
         layer = model.config.num_hidden_layers // 3
-        return cls(out / "model", random_run(out / "run", *load_model(out / "model"), layer), texts)
+        run = random_run(out / "run", *load_model(out / "model"), layer, positions=positions)
+        return cls(out / "model", run, texts)
 
     def fitted(self) -> Fitted:
         """With a model of its own."""
@@ -122,7 +123,7 @@ def serving(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(material.folder)]
-    command += ["--served-model-name", "served", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
+    command += ["--served-model-name", "served", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", str(CONTEXT), "--max-num-seqs", "16"]
     command += ["--block-size", str(BLOCK), *flags]
     environment = {**os.environ, **ENVIRONMENT}
@@ -181,7 +182,7 @@ def test_the_doctor_passes_an_honest_server_and_finds_a_planted_fault(
 ) -> None:
     present = tmp_path / "fault"
     present.write_text(at_start)
-    with serving(material, tmp_path / "server.log", *CHUNKED, fault=present) as client:
+    with serving(material, tmp_path / "server.log", *EAGER, *CHUNKED, fault=present) as client:
         assert Server(str(client.base_url)).engine.startswith("vLLM 0.")
         for fault in [at_start] if at_start else ["", *(name for name in vllm_faulty.FAULTS if name != "wrong layer")]:
             present.write_text(fault)
@@ -231,6 +232,17 @@ def test_an_llm_of_each_family_that_is_allowed_is_proven_in_process(
     print(family, *found, sep="\n")
     assert len(found) == 10
     assert [proof for proof in found if not proof.passed] == []
+
+
+def test_what_acts_on_every_token_is_gated_by_a_pass_beforehand(tmp_path: Path) -> None:
+    everywhere = Material.make(tmp_path, MODEL, "all")
+    with serving(everywhere, tmp_path / "server.log", *EAGER) as client:
+        found = proven(client, everywhere.fitted(), everywhere.texts[:8])
+        asked = {"prompt": everywhere.texts[0], "vllm_xargs": {**STEER, "gate": 0.0}}
+        report = client.post("/v1/completions", json=body_of("completions", asked)).json()["choices"][0]["mnemoscope"]
+    assert [proof for proof in found.values() if not proof.passed] == []
+    assert "gate as in transformers" in found
+    assert (report["passes"], report["steer"]) == (2, "generalized")
 
 
 STEER = {"steer": "generalized"}

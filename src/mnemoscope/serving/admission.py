@@ -29,6 +29,8 @@ TOKENS = "tokens"  # what ``read`` may be beside true, and what a report has the
 ADMITTED = "mnemoscope"  # the key of ``extra_args`` under which an admitted request is carried inside the engine
 OTHER_WORDS = ("toward", "towards", "direction", "strength")  # by which somebody may ask for steering
 MOST_ALPHA = 100.0  # beyond it a shift may be no number in half precision, nor may what other requests read then
+PASSES = 2  # over a prompt, where a gate decides before what acts on every token of it
+BEFOREHAND = "what acts on every token is gated by a pass beforehand, which servers make; in Python, read first"
 COPIES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of an adapter: an engine knows each strength as an adapter of its own
 
 
@@ -52,7 +54,7 @@ class Admitted(Asked):
 
     Attributes:
         decision: position of the last prompt token, from which on ``decision`` vectors act.
-        start: the first position that is shifted; None where none is, as where an adapter acts.
+        start: the first position that is shifted; None where none is, as where an adapter acts, or a gate decides.
         gate_by, read_by: names of detectors; ``has_document``: whether anything can come from one.
     """
 
@@ -61,6 +63,11 @@ class Admitted(Asked):
     gate_by: str | None = None
     read_by: str | None = None
     has_document: bool = False
+
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter acts."""
+        return self.steer is not None and self.start is None and self.gate is None
 
 
 @dataclass(frozen=True)
@@ -140,13 +147,16 @@ class Offered:
         return digest.hexdigest()
 
     def below(self, lever: Intervention | None, setting: str) -> str | None:
-        """The detector for ``gate`` or ``read`` whose states a lever leaves as they are; None without one."""
-        order = ("lower", "detector") if setting == "gate" else ("detector", "lower")
+        """The detector for ``gate`` or ``read`` whose states a lever leaves as they are; None without one.
+
+        A gate of what acts on every token decides in a pass beforehand, where all are as they were.
+        """
+        order = ("lower", "detector") if setting == "gate" and not apart(lever) else ("detector", "lower")
         there = [name for name in order if name in self.detectors]
         if isinstance(lever, SteeringVector) and not lever.everywhere:
             gates = {name: self.detectors[name].gate(lever.toward, 0.5) for name in there}
             there = [name for name, gate in gates.items() if gate.is_below(lever.site, lever.layers[0])]
-        elif lever:
+        elif lever and setting == "read":
             there = []
         return next(iter(there), None)
 
@@ -238,6 +248,11 @@ def _reading(read: Any, asked: Mapping[str, Any]) -> bool | Literal["tokens"]:
     return "tokens"
 
 
+def apart(lever: Intervention | None) -> bool:
+    """Whether a gate of a lever decides in a pass of its own."""
+    return lever is not None and lever.everywhere
+
+
 def other_word(name: Any) -> bool:
     """Whether a setting's name is another word for ``steer``."""
     said = str(name).lower()
@@ -252,13 +267,19 @@ def refuse_unoffered(given: Mapping[str, Any]) -> None:
 
 
 def admit(
-    asked: Asked, offered: Offered, prompt: Sequence[int] | None, length: int, words: str | None = None
+    asked: Asked,
+    offered: Offered,
+    prompt: Sequence[int] | None,
+    length: int,
+    words: str | None = None,
+    deciding: bool = False,
 ) -> Admitted:
     """Check a request against what the server has and how its prompt begins.
 
     Args:
         prompt: token ids, None where the prompt is given as embeddings.
         length: of the prompt, in tokens; ``words``: what it says, asked of one with a document.
+        deciding: whether this is the pass beforehand, in which a gate decides and nothing acts.
 
     Raises InputError where it cannot be served as asked; the field is named.
     """
@@ -276,7 +297,9 @@ def admit(
         raise InputError(f"document: {asked.document[:60] if asked.document else ''!r} is not in the prompt")
     given = asdict(asked) | {"lever": lever.lever if lever else None} if asked.alpha else {"read": asked.read}
     start = None
-    if isinstance(lever, SteeringVector) and asked.alpha:
+    if asked.gate is not None and apart(lever) and not deciding:
+        raise InputError(f"gate: {BEFOREHAND}")
+    if isinstance(lever, SteeringVector) and asked.alpha and not deciding:
         start = 0 if lever.everywhere else length - 1
     given |= {"gate_by": gate_by if asked.alpha else None, "read_by": read_by, "document": None}
     return Admitted(**given, decision=length - 1, start=start, has_document=bool(document))

@@ -202,9 +202,9 @@ def _admitted(process: Callable[..., Any], self: Any, *args: Any, **kwargs: Any)
             if asked.read == TOKENS and params.n > 1:
                 raise InputError(f"n: {params.n}; with read: {TOKENS} allowed is 1")
             words = self.tokenizer.decode(prompt) if asked.document and prompt else None
-            admitted = admit(asked, offered, prompt, length, words)
+            admitted = admit(asked, offered, prompt, length, words, http.deciding.get())
             params.extra_args = {**given, ADMITTED: asdict(admitted)}
-            if admitted.steer and admitted.start is None:
+            if admitted.adapted:
                 request.lora_request = adapter_of(offered, admitted)
     except InputError as error:
         raise http.refusal(error) from None

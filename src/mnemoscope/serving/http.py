@@ -7,11 +7,21 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from contextvars import ContextVar
 from difflib import get_close_matches
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from mnemoscope.runs.errors import InputError
-from mnemoscope.serving.admission import ADMITTED, FIELDS, TOKENS, Offered, other_word, parse, refuse_unoffered
+from mnemoscope.serving.admission import (
+    ADMITTED,
+    FIELDS,
+    PASSES,
+    TOKENS,
+    Offered,
+    apart,
+    other_word,
+    parse,
+    refuse_unoffered,
+)
 from mnemoscope.serving.written import shares_of
 
 SSE = "data: "
@@ -23,6 +33,8 @@ DATA = (
     *("chat_template_kwargs", "mm_processor_kwargs", "text", "system", "kv_transfer_params", "logit_bias"),
 )
 _here: list[Offered | None] = []  # what the engine of this process has
+# Whether a request is asked so that its gate decides, and nothing else.
+deciding: ContextVar[bool] = ContextVar("deciding", default=False)
 # Reports on the choices of a request, in order; None in what came through no guard.
 _reports: ContextVar[list[Any] | None] = ContextVar("reports", default=None)
 
@@ -193,6 +205,10 @@ def _generated(
     generate: Callable[..., Any], self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """The outputs for a prompt, whose report is kept for its choices where it is of an HTTP request."""
+    (offered,), given = _here, getattr(sampling_params, "extra_args", None) or {}
+    asked = parse(given) if offered and given.get("gate") is not None else None
+    if offered and asked and apart(offered.serving(asked)[0]):
+        generate = partial(_decided, generate)
     reports, results = _reports.get(), generate(self, prompt, sampling_params, *args, **kwargs)
     if reports is None:
         return results
@@ -208,6 +224,28 @@ def _generated(
                 yield output
 
     return watched()
+
+
+async def _decided(
+    generate: Callable[..., Any], engine: Any, prompt: Any, params: Any, name: str, **kwargs: Any
+) -> AsyncIterator[Any]:
+    """The outputs for a prompt whose gate decides in a pass beforehand, and then steers it or does not."""
+    from vllm import SamplingParams
+
+    report: dict[str, Any] = {}
+    first = SamplingParams(temperature=0, max_tokens=1, extra_args=dict(params.extra_args))
+    token = deciding.set(True)
+    try:
+        async for output in generate(engine, prompt, first, f"{name}-gate", **kwargs):
+            report = getattr(output, ADMITTED, None) or report
+    finally:
+        deciding.reset(token)
+    left_out = ("gate", "read") if report["acted"] else FIELDS
+    then = params.clone()
+    then.extra_args = {name: value for name, value in params.extra_args.items() if name not in left_out}
+    async for output in generate(engine, prompt, then, name, **kwargs):
+        setattr(output, ADMITTED, report | {"passes": PASSES})
+        yield output
 
 
 def _unguarded(convert: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -24,7 +24,7 @@ from mnemoscope.interventions.detect import Reading
 from mnemoscope.runs.digests import intact, is_there, rewriting
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.locks import locked
-from mnemoscope.serving.admission import TOKENS
+from mnemoscope.serving.admission import TOKENS, apart
 from mnemoscope.serving.served import ANSWERED, Ask, Proof, Request, Served, fresh_salt, largest, way_of
 
 log = logging.getLogger("mnemoscope")
@@ -265,9 +265,9 @@ def _gated(server: Served) -> Proof:
 
 
 def gates_of(server: Served) -> list[str | None]:
-    """The detector that can gate each of a server's levers in the pass that it steers."""
-    levers = (server.offered.levers[way.steer][way.lever] for way in map(way_of, server.ways))
-    return [server.offered.below(lever, "gate") for lever in levers]
+    """The detector that gates each of a server's levers."""
+    levers = [server.lever(way_of(way)) for way in server.ways]
+    return [server.offered.below(one, "gate") if server.decides or not apart(one) else None for one in levers]
 
 
 def _threshold(reading: Reading, toward: Toward) -> float:

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from mnemoscope.behaviour import Asking, left_padded, read_behind
 from mnemoscope.face.fitted import Fitted
-from mnemoscope.interventions import Toward
+from mnemoscope.interventions import Intervention, Toward
 from mnemoscope.interventions.detect import Reading
 from mnemoscope.models import cache_of, context_length, pass_inputs, with_last_logits
 from mnemoscope.runs.errors import InputError
-from mnemoscope.serving.admission import Offered
+from mnemoscope.serving.admission import BEFOREHAND, Offered, apart
 
 BATCH = 8  # requests in a pass
 ANSWERED = 12  # tokens of an answer
@@ -152,6 +152,7 @@ class Served:
         # Settings of each lever; ``check`` leaves out what the server was started without, which are ``left``.
         self.ways: list[dict[str, str]] = [{"steer": toward, "lever": name} for toward, some in every for name in some]
         self.left: list[dict[str, str]] = []
+        self.decides = True  # in a pass beforehand, as a gate of what acts on every token needs it
         self.bounds = BOUNDS.get(fitted.model.dtype, BOUNDS[torch.float32])
 
     def request(self, ids: Sequence[int], settings: Mapping[str, Any], tokens: int = ANSWERED) -> Request:
@@ -174,6 +175,9 @@ class Served:
         steered = next((one for way, one in both if one.status != 200 and way in self.ways), answers[0])
         if steered.status != 200 or not self.ways:
             raise InputError(f"server: refuses to steer ({steered.status}: {steered.message})")
+        everywhere = [way for way in self.ways if apart(self.lever(way_of(way)))]
+        gated = self.ask([self.request(self.prompts[0], {**way, "gate": 0.5}, 1) for way in everywhere])
+        self.decides = not any(BEFOREHAND in one.message for one in gated)
         if not steered.report and wrong.status == 200:
             raise InputError(
                 "server: has no plugin of ours, as it answers without a report and takes any direction; start it where "
@@ -264,11 +268,15 @@ class Served:
             found.append(np.column_stack(reader.numbers(*facts))[:-1])
         return found
 
+    def lever(self, way: Way) -> Intervention:
+        """What acts."""
+        return self.offered.levers[way.steer][way.lever]
+
     def _steered(self, way: Way | None, alpha: Any, last: int) -> AbstractContextManager[None]:
         """The context of a lever, none for None, whose prompts end in a column."""
         if not way:
             return nullcontext()
-        lever = self.offered.levers[way.steer][way.lever]
+        lever = self.lever(way)
         return lever.apply(self.fitted.model, alpha, None if lever.everywhere else last)
 
     def _padded(self, rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:

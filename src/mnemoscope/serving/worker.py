@@ -200,9 +200,9 @@ class Steerer:
         facts = (getattr(request.sampling_params, "extra_args", None) or {}).get(ADMITTED)
         if facts and name not in self.followed:
             admitted = Admitted(**facts)
-            if adapted := admitted.steer is not None and admitted.start is None:
+            if admitted.adapted:
                 check_adapted(request)
-            acts = None if admitted.gate is not None else adapted or admitted.start is not None
+            acts = None if admitted.gate is not None else admitted.adapted or admitted.start is not None
             reads = Written(admitted.decision, admitted.has_document) if admitted.read == TOKENS else None
             self.followed[name] = Followed(admitted, acts, written=reads)
         return self.followed.get(name)
@@ -247,7 +247,7 @@ class Steerer:
             one.readings[name] = Reading(reading.layer, *(part[place : place + 1] for part in parts))
             if one.acts is None and asked.gate_by == name and asked.steer and asked.gate is not None:
                 one.acts = bool(one.readings[name].acts(asked.steer, asked.gate)[0])
-                if not one.acts:
+                if not one.acts and asked.steer in now.shifted:
                     open_R = now.shifted[asked.steer][1] != n
                     now.shifted[asked.steer] = [part[open_R] for part in now.shifted[asked.steer]]
 
