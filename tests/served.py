@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ def random_run(
     layer: int,
     strength: float = 0.3,
     positions: str = "decision",
-    low_rank: bool = False,
+    low_rank: Collection[str] = (),
     adapters: bool = False,
 ) -> Path:
     """Vectors in both directions at a layer and the next, a detector at the last layer and one at ``layer - 1``.
 
-    ``low_rank``: their second shift depends on the state. ``adapters``: each direction has one as well.
+    ``low_rank``: of the directions to these the second shift depends on the state. ``adapters``: each has one, too.
     """
     binding = Binding.of(model, tokenizer)
     config = model.config.get_text_config()
@@ -46,7 +47,7 @@ def random_run(
             shift_D = torch.randn(width, generator=generator)
             shifts[place] = shift_D * strength * states[place + 1].norm(dim=-1).mean() / shift_D.norm()
         edits: dict[int, Any] = dict(shifts)
-        if low_rank:
+        if toward in low_rank:
             shift_D = shifts[layer + 1]
             read_KD = torch.randn(2, width, generator=generator)
             read_KD /= read_KD.norm(dim=-1, keepdim=True) * states[layer + 2].norm(dim=-1).mean()

@@ -81,8 +81,8 @@ class Material:
     texts: list[str]
 
     @classmethod
-    def make(cls, out: Path, name: str = "", positions: str = "decision") -> Material:
-        """Of the tiny model, or of one by its name; ``positions`` that vectors act at."""
+    def make(cls, out: Path, name: str = "", **how: Any) -> Material:
+        """Of the tiny model, or of one by its name; ``how``: see ``random_run``."""
         model, tokenizer = load_model(name) if name else large()
         draws = torch.Generator().manual_seed(2)
         shared = torch.randint(3, len(tokenizer), (3, 80), generator=draws).tolist()
@@ -92,7 +92,7 @@ class Material:
         for part in (model, tokenizer):
             part.save_pretrained(out / "model")
         layer = model.config.num_hidden_layers // 3
-        run = random_run(out / "run", *load_model(out / "model"), layer, positions=positions)
+        run = random_run(out / "run", *load_model(out / "model"), layer, **how)
         return cls(out / "model", run, texts)
 
     def fitted(self) -> Fitted:
@@ -217,7 +217,7 @@ def test_an_llm_of_each_family_that_is_allowed_is_proven_in_process(
     for part in (model, words):
         part.save_pretrained(tmp_path / "model")
     opened = load_model(tmp_path / "model")
-    run = random_run(tmp_path / "run", *opened, 1, low_rank=True, adapters=adapters)
+    run = random_run(tmp_path / "run", *opened, 1, low_rank=("generalized", "memorized"), adapters=adapters)
     limits: dict[str, Any] = {"block_size": BLOCK, "max_num_seqs": 16, "max_model_len": CONTEXT}
     plugin = {"mnemoscope": str(run)}
     limits |= {"enable_lora": True, "max_loras": 13, "max_lora_rank": 8} if adapters else {}
@@ -235,7 +235,7 @@ def test_an_llm_of_each_family_that_is_allowed_is_proven_in_process(
 
 
 def test_what_acts_on_every_token_is_gated_by_a_pass_beforehand(tmp_path: Path) -> None:
-    everywhere = Material.make(tmp_path, MODEL, "all")
+    everywhere = Material.make(tmp_path, MODEL, positions="all")
     with serving(everywhere, tmp_path / "server.log", *EAGER) as client:
         found = proven(client, everywhere.fitted(), everywhere.texts[:8])
         asked = {"prompt": everywhere.texts[0], "vllm_xargs": {**STEER, "gate": 0.0}}
