@@ -16,6 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from opentelemetry import trace as tracing
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client import REGISTRY
 
 import mnemoscope as ms
 from little_facts import VOCABULARY
@@ -23,7 +28,7 @@ from mnemoscope.config import ModelConfig
 from mnemoscope.interventions import Binding
 from mnemoscope.models import build_gpt2, word_tokenizer
 from mnemoscope.runs.errors import InputError
-from mnemoscope.serving import http, plugin
+from mnemoscope.serving import http, metrics, plugin
 from mnemoscope.serving.admission import ADMITTED, Asked, Offered, admit, key_of_block, parse
 from mnemoscope.serving.worker import NEVER, rows_of
 from served import random_run
@@ -151,6 +156,7 @@ def test_a_prompt_without_the_chat_template_is_refused(offered: Offered) -> None
         admit(Asked("generalized"), chatting, [7, 9, 9], 3)
 
 
+ENGINE = SimpleNamespace(vllm_config=SimpleNamespace(observability_config=SimpleNamespace(otlp_traces_endpoint=None)))
 STEER = {"steer": "generalized"}
 CHAT = "/v1/chat/completions"
 IGNORED: list[tuple[str, dict[str, Any], str]] = [
@@ -234,18 +240,61 @@ def test_each_choice_that_ends_has_the_report_on_its_prompt(
 
     async def generate(engine: Any, prompt: int, params: Any) -> Any:
         yield SimpleNamespace(mnemoscope=None)
-        yield SimpleNamespace(mnemoscope={"p_memorized": prompt})
+        yield SimpleNamespace(mnemoscope={"p_memorized": prompt, "steer": None})
 
     async def answer() -> list[bytes]:
-        results = [http._generated(generate, None, n, SimpleNamespace(n=2)) for n in range(2)]
+        params = SimpleNamespace(n=2, extra_args=None)
+        results = [http._generated(generate, ENGINE, n, params) for n in range(2)]
         assert [len([output async for output in one]) for one in reversed(results)] == [2, 2]
         choices = [{"index": n, "text": "é", "finish_reason": "stop" if n != 2 else None} for n in (3, 0, 2)]
         return [form.format(json.dumps({"choices": choices})).encode()]
 
     _, body, _ = posted(CHAT, json.dumps({"vllm_xargs": STEER}).encode(), answer)
     found = json.loads(body.decode().removeprefix("data: "))["choices"]
-    assert [choice.get("mnemoscope") for choice in found] == [{"p_memorized": 1}, {"p_memorized": 0}, None]
+    assert [choice.get("mnemoscope") for choice in found] == [
+        {"p_memorized": 1, "steer": None},
+        {"p_memorized": 0, "steer": None},
+        None,
+    ]
     assert body.decode().endswith(form.partition("}")[2])
+
+
+def test_a_stream_has_each_token_once_and_shares_at_its_end() -> None:
+    tokens = [{"document": n / 4, "memory": 1 - n / 4, "neither": 0.0, "unlike": n == 3} for n in range(4)]
+    reports, told, found = [{"steer": None, "tokens": tokens[:1]}], dict[int, int](), []
+    for known, ends in ((1, None), (1, None), (3, None), (4, "length")):
+        reports[0]["tokens"] = tokens[:known]
+        event = {"choices": [{"index": 0, "finish_reason": ends}]}
+        body = http._with_reports(f"data: {json.dumps(event)}\n\n".encode(), reports, told)
+        found.append(json.loads(body.decode().removeprefix("data: "))["choices"][0].get(ADMITTED))
+    assert [one and one["tokens"] for one in found] == [tokens[:1], None, tokens[1:3], tokens[3:]]
+    assert found[-1]["shares"] == {"document": 0.1875, "memory": 0.5625, "neither": 0.0, "cannot tell": 0.25}
+
+
+def test_what_became_of_requests_is_counted_and_readings_are_traced(offered: Offered) -> None:
+    def counted() -> dict[str, float]:
+        samples = next(one for one in REGISTRY.collect() if one.name == "mnemoscope:requests").samples
+        return {one.labels["outcome"]: one.value for one in samples if one.name.endswith("_total")}
+
+    metrics.count_refused()
+    before = counted()
+    report = {"steer": "memorized", "acted": True, "p_memorized": 0.75, "unlike": False, "tokens": []}
+    for one in (report, {**report, "acted": False, "p_memorized": None}, {"steer": None}):
+        metrics.count(one)
+    more = {name: value - before.get(name, 0) for name, value in counted().items()}
+    assert more == {"refused": 0, "steered": 1, "held": 1, "read": 1, "tokens_read": 2}
+    spans, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    tracing.set_tracer_provider(provider)
+    for one in (report, {"steer": None}):
+        metrics.trace(one)
+    ((event,),) = [span.events for span in spans.get_finished_spans()]
+    assert event.name == "gen_ai.evaluation.result"
+    assert event.attributes["gen_ai.evaluation.score.value"] == 0.75
+    state = metrics.state_of(offered)
+    assert (state["digest"], state["levers"]["memorized"], state["reader"]) == (offered.digest, ["shift"], True)
+    assert state["binding"]["weights"] == offered.vectors["memorized"].binding.weights
+    assert metrics.state_of(None) == {"levers": {}}
 
 
 def test_a_server_without_vectors_refuses_to_steer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,7 +199,7 @@ def test_the_doctor_passes_an_honest_server_and_finds_a_planted_fault(
     [*((family, False) for family in (TRIED if MODEL else ("gemma3_text",))), ("llama", True)],
 )
 def test_an_llm_of_each_family_that_is_allowed_is_proven_in_process(
-    family: str, adapters: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, adapters: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Low-rank shifts and detectors would see a state that is not whole.
 
@@ -207,7 +207,7 @@ def test_an_llm_of_each_family_that_is_allowed_is_proven_in_process(
     """
     from vllm import LLM
 
-    for name, value in (ENVIRONMENT | {"VLLM_CPU_CI_ENV": "1"}).items():
+    for name, value in (ENVIRONMENT | {"VLLM_CPU_CI_ENV": "1", "TORCH_LOGS": "graph_code"}).items():
         monkeypatch.setenv(name, value)
     words = load_model("smollm2")[1] if family == "qwen2" else word_tokenizer(WORDS, CONTEXT)  # it opens its own kind
     model = tiny(family, **{"vocab_size": len(words), **SIZES.get(family, _SIZES)})
@@ -229,7 +229,12 @@ def test_an_llm_of_each_family_that_is_allowed_is_proven_in_process(
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()  # its sockets are closed here, where their warnings are ignored, and not when everything has ended
+    graphs = capfd.readouterr().err
     print(family, *found, sep="\n")
+    layers = opened[0].config.get_text_config().num_hidden_layers
+    places = {0, 1, 2, layers - 2, layers - 1}  # of detectors, vectors and the reader
+    in_graph = re.findall(r"torch\.ops\.mnemoscope\.act\.default\(.*, (\d+)\)", graphs)
+    assert sorted(map(int, in_graph)) == ([] if adapters else list(range(len(places))))
     assert len(found) == 10
     assert [proof for proof in found if not proof.passed] == []
 

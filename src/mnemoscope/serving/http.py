@@ -11,6 +11,7 @@ from functools import partial, wraps
 from typing import Any
 
 from mnemoscope.runs.errors import InputError
+from mnemoscope.serving import metrics
 from mnemoscope.serving.admission import (
     ADMITTED,
     FIELDS,
@@ -134,6 +135,7 @@ class Guard:
         except InputError as error:
             from starlette.responses import JSONResponse
 
+            metrics.count_refused()
             # As vLLM answers a wrong request.
             facts = {
                 "message": str(error),
@@ -196,6 +198,7 @@ def _guarded(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     from starlette.middleware import Middleware
 
     app = build(*args, **kwargs)
+    app.add_api_route("/mnemoscope/state", lambda: metrics.state_of(_here[0]), methods=["GET"])
     app.user_middleware.append(Middleware(Guard))
     app.middleware_stack = app.build_middleware_stack()  # vLLM has built it already
     return app
@@ -217,13 +220,25 @@ def _generated(
     reports += [None] * choices
 
     async def watched() -> AsyncIterator[Any]:
+        report: dict[str, Any] | None = None
         async with aclosing(results) as outputs:
             async for output in outputs:
                 if report := getattr(output, ADMITTED, None):
                     reports[mine] = [report] * choices
                 yield output
+        if report:
+            metrics.count(report)
+            if self.vllm_config.observability_config.otlp_traces_endpoint:
+                metrics.trace(report, _context(kwargs.get("trace_headers")))
 
     return watched()
+
+
+def _context(headers: Mapping[str, str] | None) -> Any:
+    """The trace of a request, as vLLM finds it."""
+    from vllm.tracing import extract_trace_context
+
+    return extract_trace_context(headers)
 
 
 async def _decided(
