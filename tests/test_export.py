@@ -22,7 +22,8 @@ from mnemoscope.interventions import Card, SteeringVector
 from mnemoscope.models import Site, layout_of, load_model, pass_inputs, use_layout
 from mnemoscope.runs.errors import InputError
 from mnemoscope.serving import export
-from mnemoscope.serving.export import bake, fetch, push, to_gguf
+from mnemoscope.serving.export import bake, fetch, push
+from mnemoscope.serving.llama_cpp import to_gguf
 from test_cli import call as run
 
 NO_BIAS, NORM = "no option of its configuration gives it one", "has a norm"

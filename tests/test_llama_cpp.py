@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from families import tiny
-from mnemoscope.interventions import SteeringVector
-from mnemoscope.serving.export import to_gguf
+from families import WORDS, tiny
+from mnemoscope.interventions import Card, Intervention, SteeringVector
+from mnemoscope.interventions.adapter import Adapter
+from mnemoscope.models import word_tokenizer
+from mnemoscope.runs.errors import InputError
+from mnemoscope.serving.llama_cpp import from_gguf, to_gguf
 
 pytest.importorskip("cffi")
 bindings = pytest.importorskip("llama_cpp_py_sync._cffi_bindings")
@@ -87,13 +90,20 @@ class LlamaCpp:
         data = self.ffi.from_buffer("float[]", rows_LD)
         assert self.lib.llama_set_adapter_cvec(self.context, data, rows_LD.size, width, 1, LAYERS) == 0
 
+    def adapt(self, path: Path, scale: float) -> None:
+        """As ``--lora-scaled FILE:SCALE``, and as its server's ``POST /lora-adapters`` sets the scale."""
+        adapter = self.lib.llama_adapter_lora_init(self.model, str(path).encode())
+        assert adapter != self.ffi.NULL
+        adapters, scales = self.ffi.new("struct llama_adapter_lora *[]", [adapter]), self.ffi.new("float[]", [scale])
+        assert self.lib.llama_set_adapters_lora(self.context, adapters, 1, scales) == 0
+
     def close(self) -> None:
         self.lib.llama_free(self.context)
         self.lib.llama_model_free(self.model)
 
 
 @torch.no_grad()
-def ours(model: Any, vector: SteeringVector | None = None) -> np.ndarray:
+def ours(model: Any, vector: Intervention | None = None) -> np.ndarray:
     """Logits (prompts, V) behind each prompt."""
     with vector.apply(model) if vector else nullcontext():
         return np.stack([model(torch.tensor([ids])).logits[0, -1].numpy() for ids in PROMPTS])
@@ -119,3 +129,70 @@ def test_a_vector_does_there_what_it_does_here(tmp_path: Path) -> None:
     assert alike[LAYER] > 0.9999
     np.testing.assert_allclose(change_there, ours(model, by_layer[LAYER]) - plain, atol=1e-3 * np.abs(plain).max())
     assert max(alike[LAYER - 1], alike[LAYER + 1]) < 0.95
+
+
+def test_an_adapter_does_there_what_it_does_here(tmp_path: Path) -> None:
+    changes = {"num_hidden_layers": LAYERS, "initializer_range": 0.2, "max_position_embeddings": 64}
+    model = tiny("llama", tie_word_embeddings=False, **changes)
+    draws, vocabulary = torch.Generator().manual_seed(0), model.config.vocab_size
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "layers" in name]
+    parts = {}
+    for name in names:
+        outputs, inputs = model.get_submodule(name).weight.shape
+        up_OK = torch.randn(outputs, 2, generator=draws)
+        parts[name] = torch.randn(2, inputs, generator=draws) * 0.1, up_OK * 0.1
+    adapter = Adapter(toward="memorized", method="lora", parts=parts)
+    with pytest.raises(InputError, match=r"^model: 'llama'; adapters are written with a model"):
+        to_gguf(adapter, tmp_path / "adapter.gguf", "llama")
+    file = to_gguf(adapter, tmp_path / "adapter.gguf", "llama", model.config)
+    theirs = LlamaCpp(write_model(model, tmp_path / "model.gguf"))
+    plain = ours(model)
+    for scale in (1.0, 0.5):
+        theirs.adapt(file, scale)
+        there = np.stack([theirs.logits(ids, vocabulary) for ids in PROMPTS])
+        here = ours(model, adapter.scaled(scale))
+        assert np.abs(here - plain).max() > 0.1 * np.abs(plain).max()
+        np.testing.assert_allclose(there, here, atol=1e-3 * np.abs(plain).max())
+    theirs.close()
+
+
+def test_a_control_vector_comes_back_with_its_card_and_one_of_others_says_that_nobody_judged_it(tmp_path: Path) -> None:
+    model, tokenizer = tiny("llama"), word_tokenizer(WORDS, 64)
+    width = model.config.hidden_size
+    shift_D = torch.randn(width, generator=torch.Generator().manual_seed(0))
+    vector = SteeringVector("memorized", {1: shift_D}, positions="all", card=Card("facts", pairs=3))
+    vector = vector.bound_to(model, tokenizer)
+    again = from_gguf(to_gguf(vector, tmp_path / "ours.gguf", "llama"), "memory", model, tokenizer)
+    assert torch.equal(again.shifts[1], shift_D)
+    assert again.card == vector.card
+    with pytest.raises(InputError, match=r"^toward: 'generalized'; the control vector in .* steers to memorized"):
+        from_gguf(tmp_path / "ours.gguf", "context", model, tokenizer)
+    with pytest.raises(InputError, match=r"^weights: the control vector was made on"):
+        from_gguf(tmp_path / "ours.gguf", "memory", tiny("llama", initializer_range=0.3), tokenizer)
+
+    def theirs(name: str, architecture: str, layer: int, of: torch.Tensor) -> Path:
+        writer = gguf.GGUFWriter(tmp_path / name, architecture)  # as repeng writes them
+        writer.add_string("controlvector.model_hint", "llama")
+        writer.add_uint32("controlvector.layer_count", 1)
+        writer.add_tensor(f"direction.{layer}", of.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return tmp_path / name
+
+    found = from_gguf(theirs("theirs.gguf", "controlvector", 1, shift_D), "context", model, tokenizer)
+    assert found.card
+    assert found.card.fitted_on == "theirs.gguf: not judged"
+    assert torch.equal(found.shifts[1], shift_D)
+    for wrong, told in (
+        (theirs("a.gguf", "llama", 1, shift_D), "is no control vector of llama.cpp"),
+        (theirs("b.gguf", "controlvector", 99, shift_D), "layer"),
+        (theirs("c.gguf", "controlvector", 1, shift_D[:8]), "8"),
+        (theirs("d.gguf", "controlvector", 1, shift_D * float("nan")), "not finite"),
+    ):
+        with pytest.raises(InputError, match=told):
+            from_gguf(wrong, "context", model, tokenizer)
+    (tmp_path / "e.gguf").write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(InputError, match="is no control vector"):
+        from_gguf(tmp_path / "e.gguf", "context", model, tokenizer)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from mnemoscope.models import load_model
     from mnemoscope.report import build_report
     from mnemoscope.runs.errors import InputError, StudyError
-    from mnemoscope.serving.export import bake, to_gguf
+    from mnemoscope.serving.export import bake
+    from mnemoscope.serving.llama_cpp import from_gguf, to_gguf
     from mnemoscope.statistics.contrast import Contrast, ContrastAccumulator
     from mnemoscope.study.run import run_study
     from mnemoscope.tasks import Example, Task, allow_code, build_task

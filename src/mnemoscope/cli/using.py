@@ -95,31 +95,56 @@ def export(
     model: Annotated[str | None, typer.Option(help=_ITS_MODEL, callback=given.of_model)] = None,
     alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector.")] = 1.0,
 ) -> None:
-    """Write a vector for other programs; one with positions "all" only. Nothing that exists is overwritten."""
+    """Write a vector or an adapter for other programs; what acts on every token only. Nothing is overwritten."""
     from mnemoscope.face.stored import vector_file
-    from mnemoscope.interventions import Toward
+    from mnemoscope.interventions import Toward, load_intervention
     from mnemoscope.models import core_of
     from mnemoscope.serving.export import check_portable
 
-    file = vector_file(file, toward) if file.is_dir() else file
-    vector = alpha * ms.SteeringVector.load(file)
-    if toward is not None and Toward.of(toward) != vector.toward:
-        raise ms.InputError(f"toward: {toward!r}; the vector in {file} steers to {vector.toward}")
-    check_portable(vector, to)  # before a large model is opened for nothing
+    adapter = (file / "adapter_config.json").is_file()
+    file = vector_file(file, toward) if file.is_dir() and not adapter else file
+    lever = load_intervention(file)
+    if toward is not None and Toward.of(toward) != lever.toward:
+        raise ms.InputError(
+            f"toward: {toward!r}; the {'adapter' if adapter else 'vector'} in {file} steers to {lever.toward}"
+        )
+    check_portable(lever, to)  # before a large model is opened for nothing
     if out.exists() and (to == "gguf" or not out.is_dir() or any(out.iterdir())):
         raise ms.InputError(f"out: {out} exists; nothing is overwritten")
     if to == "checkpoint" and model is None:
         raise ms.InputError("model: a checkpoint is made of a model; name the one that the vector was made on")
-    if to == "gguf" and model is None and vector.binding is None:
+    if to == "gguf" and model is None and lever.binding is None:
         raise ms.InputError("model: the vector does not say which model it was made on; name it")
     opened, tokenizer = open_model(model, how) if model is not None else (None, None)
-    vector = alpha * ms.SteeringVector.load(file, opened, tokenizer, how.force)
-    if to == "checkpoint":
-        ms.bake(opened, tokenizer, vector, out)
+    lever.check(opened, tokenizer, how.force)
+    lever = lever.scaled(alpha)
+    if isinstance(lever, ms.SteeringVector) and to == "checkpoint":
+        ms.bake(opened, tokenizer, lever, out)
     else:
-        bound = vector.binding.model_type if vector.binding else ""
-        ms.to_gguf(vector, out, core_of(opened).config.model_type if opened is not None else bound)
-    say(how.as_json, out, out=out, to=to, toward=vector.toward, layers=vector.layers, alpha=alpha)
+        config = core_of(opened).config if opened is not None else None
+        bound = lever.binding.model_type if lever.binding else ""
+        ms.to_gguf(lever, out, config.model_type if config else bound, config)
+    layers = getattr(lever, "layers", None)
+    say(how.as_json, out, out=out, to=to, toward=lever.toward, layers=layers, alpha=alpha)
+
+
+@app.command("import")
+@given.taking("chat", "reply", "device_map", "threads")
+def import_vector(
+    how: given.How,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A control vector of llama.cpp (GGUF).")],
+    model: given.Model,
+    toward: Annotated[str, typer.Option(help=TOWARD, callback=given.of_toward)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The vector to write, a new .safetensors file.")],
+) -> None:
+    """Take in a control vector of llama.cpp, of ours or of others; its card says whether it was judged."""
+    if out.exists():
+        raise ms.InputError(f"out: {out} exists; nothing is overwritten")
+    if not file.is_file():
+        raise ms.InputError(f"FILE: {file} does not exist")
+    vector = ms.from_gguf(file, toward, *open_model(model, how))
+    vector.save(out)
+    say(how.as_json, f"{out}\n{vector.card}", out=out, toward=vector.toward, layers=vector.layers)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Export steering vectors: baked into a checkpoint, as a control vector for llama.cpp, on a model hub.
+"""Export steering vectors: baked into a checkpoint, on a model hub. For llama.cpp see ``llama_cpp``.
 
 Exports act on every token, so only vectors with positions ``all`` can be exported. An export that would act otherwise
 than ``SteeringVector.apply`` is refused, and nothing is written.
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mnemoscope.interventions import SteeringVector, read_artefact
+from mnemoscope.interventions import Intervention, SteeringVector, read_artefact
 from mnemoscope.models import Site, core_of, layout_of, load_model, pass_inputs
 from mnemoscope.runs.errors import InputError, check_one_of, first_line
-from mnemoscope.runs.files import new_folder, write_atomically
+from mnemoscope.runs.files import new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -37,9 +37,13 @@ _ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.02, torc
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def check_portable(vector: SteeringVector, to: str) -> None:
-    """Raises InputError where a vector cannot be exported to ``checkpoint`` or ``gguf``, whatever its model."""
+def check_portable(vector: Intervention, to: str) -> None:
+    """Raises InputError where a lever cannot be exported to ``checkpoint`` or ``gguf``, whatever its model."""
     check_one_of("to", to, SITES_FOR)
+    if vector.changes_weights and to == "gguf":
+        return
+    if not isinstance(vector, SteeringVector):
+        raise InputError(f"lever: {vector.lever} cannot be exported as a {to}; an adapter is merged by peft, or a gguf")
     if vector.positions != "all":
         raise InputError(f"positions: {vector.positions!r} cannot be exported, only 'all': a {to} acts on every token")
     if vector.site not in SITES_FOR[to]:
@@ -189,40 +193,6 @@ def _check_exact(folder: Path, core: Any, vector: SteeringVector) -> None:
     for layer, shift_D in vector.shifts.items():
         biases[layer].add_(shift_D)
     _check_same(_logits(exact), *both, exact)
-
-
-def to_gguf(vector: SteeringVector, path: Path | str, model_type: str) -> Path:
-    """Write a control vector for llama.cpp (``--control-vector FILE``).
-
-    Its ``common_control_vector_load`` takes every 1-D float32 tensor ``direction.k``, k = 1 and up, and
-    ``llama_adapter_cvec`` adds it to the output of the 0-based block k at every token; block 0 never has one. It reads
-    no other field; ``controlvector.layer_count`` is the number of tensors, as in its own cvector-generator.
-
-    Args:
-        path: is replaced if it exists.
-        model_type: the configuration's ``model_type``, written as ``controlvector.model_hint``.
-
-    Raises:
-        InputError: the vector has another site or other positions, shifts layer 0, or ``gguf`` is not installed.
-    """
-    check_portable(vector, "gguf")
-    try:
-        import gguf
-    except ImportError as error:
-        raise InputError("gguf: the package is not installed: pip install 'mnemoscope[pretrained]'") from error
-
-    def write(temporary: Path) -> None:
-        writer = gguf.GGUFWriter(temporary, "controlvector")
-        writer.add_string("controlvector.model_hint", model_type)
-        writer.add_uint32("controlvector.layer_count", len(vector.shifts))
-        for layer, shift_D in vector.shifts.items():
-            writer.add_tensor(f"direction.{layer}", shift_D.numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-    return write_atomically(Path(path), write)
 
 
 def push(path: Path | str, repo_id: str) -> str:

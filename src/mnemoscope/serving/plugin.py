@@ -11,7 +11,7 @@ import os
 import re
 import sys
 
-TRIED = ("0.32",)  # versions of vLLM whose inner parts are as ``engine`` and ``http`` expect
+TRIED = ("0.30", "0.31", "0.32")  # versions of vLLM whose inner parts are as ``engine`` and ``http`` expect
 NAMED = re.compile(r'--additional[-_]config(\.mnemoscope\b|[= ]+\{[^}]*"mnemoscope")')  # a run, on a command line
 
 
