@@ -142,7 +142,7 @@ def test_an_adapter_does_there_what_it_does_here(tmp_path: Path) -> None:
         up_OK = torch.randn(outputs, 2, generator=draws)
         parts[name] = torch.randn(2, inputs, generator=draws) * 0.1, up_OK * 0.1
     adapter = Adapter(toward="memorized", method="lora", parts=parts)
-    with pytest.raises(InputError, match=r"^model: 'llama'; adapters are written with a model"):
+    with pytest.raises(InputError, match=r"^model: an adapter is written by the sizes of its model; name it$"):
         to_gguf(adapter, tmp_path / "adapter.gguf", "llama")
     file = to_gguf(adapter, tmp_path / "adapter.gguf", "llama", model.config)
     theirs = LlamaCpp(write_model(model, tmp_path / "model.gguf"))

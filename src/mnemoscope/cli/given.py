@@ -48,7 +48,8 @@ def _layout(given: str) -> None:
 
 
 def _source(path: Path) -> None:
-    if not any(one.is_file() and one.with_suffix(".json").is_file() for one in (path, path / "reader.safetensors")):
+    alone = (path, *(path / name for name in ("reader.safetensors", "adapter_model.safetensors")))
+    if not any(one.is_file() and one.with_suffix(".json").is_file() for one in alone):
         resolve_name("mnemoscope.runs.digests:chosen_cells")(path)
 
 

@@ -20,7 +20,7 @@ TOWARD = "generalized or memorized; of documents: context or memory."
 Lever = Literal["words", "decoding", "shift", "low-rank", "adapter"]
 LEVER = "Default: what did best on tune; decoding takes two passes."
 BARE = "The question of a prompt without its text, one for each prompt; default: from its last question mark's line on."
-_FILE = "A vector (.safetensors), or a run or cell of one."
+_FILE = "A vector (.safetensors), the folder of an adapter, or a run or cell with one vector."
 _ITS_MODEL = "The model it was made on; needed for a checkpoint."
 _RUNS = "A run folder; default: those in runs/."
 _OF_RUN = "Of a run that did not train one: its folder or hub id."
@@ -133,7 +133,7 @@ def export(
 def import_vector(
     how: given.How,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A control vector of llama.cpp (GGUF).")],
-    model: given.Model,
+    model: Annotated[str, typer.Option(help="The model it is for.", callback=given.of_model)],
     toward: Annotated[str, typer.Option(help=TOWARD, callback=given.of_toward)],
     out: Annotated[Path, typer.Option("-o", "--out", help="The vector to write, a new .safetensors file.")],
 ) -> None:

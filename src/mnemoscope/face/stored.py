@@ -17,6 +17,7 @@ from mnemoscope.interventions import (
     chosen_paths,
     load_intervention,
 )
+from mnemoscope.interventions.artefact import tensors_file
 from mnemoscope.interventions.detect import Detector
 from mnemoscope.runs.digests import check_closed, chosen_cells, in_cells, intact, is_there
 from mnemoscope.runs.errors import InputError, refusing
@@ -49,7 +50,7 @@ def artefacts_of(
     source: Path, found: Binding
 ) -> tuple[dict[Toward, dict[str, Intervention]], Detector | None, Detector | None]:
     """The levers and detectors of a file, a cell or a run; of a lever with several methods the best one."""
-    if source.is_file():
+    if (source := tensors_file(source)).is_file():
         described = source.with_suffix(".json")
         if described.is_file() and '"toward"' in read_text(described):
             one = load_intervention(source)

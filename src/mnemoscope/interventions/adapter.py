@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from mnemoscope.behaviour import Asking
-from mnemoscope.interventions.artefact import tensors_file
 from mnemoscope.interventions.contract import Bench, Intervention, Toward
 from mnemoscope.interventions.hooks import Gate, adding, factors_of
 from mnemoscope.models import adapt, check_peft, core_of, in_precision, is_adapted, prompts_of_rows, quick_precision
@@ -108,7 +107,10 @@ class Adapter(Intervention):
         described = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
         described |= {"r": rank, "lora_alpha": rank, "target_modules": sorted(self.parts)}
         content = (json.dumps(described, indent=1) + "\n").encode()
-        return [*super().save(tensors_file(folder)), write_atomically(folder / "adapter_config.json", content)]
+        return [
+            *super().save(folder / "adapter_model.safetensors"),
+            write_atomically(folder / "adapter_config.json", content),
+        ]
 
     @classmethod
     def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:

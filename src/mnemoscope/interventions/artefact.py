@@ -237,7 +237,7 @@ def read_artefact(
 def tensors_file(path: Path) -> Path:
     """Where the tensors of an artefact are: an adapter is a folder, which may be named as its file would be."""
     folder = path.with_suffix("") if path.suffix == ".safetensors" else path
-    return folder / "adapter_model.safetensors" if folder.is_dir() else path
+    return folder / "adapter_model.safetensors" if (folder / "adapter_config.json").is_file() else path
 
 
 def chosen_paths(cell: Path) -> dict[tuple[str, str], Path]:

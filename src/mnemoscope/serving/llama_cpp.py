@@ -76,9 +76,10 @@ def to_gguf(lever: Intervention, path: Path | str, model_type: str, config: Any 
         writer.write_tensors_to_file()
         writer.close()
 
-    if isinstance(lever, Adapter) and (config is None or model_type not in ARCHITECTURES):
-        allowed = ", ".join(ARCHITECTURES)
-        raise InputError(f"model: {model_type!r}; adapters are written with a model, of one of the kinds {allowed}")
+    if isinstance(lever, Adapter) and model_type not in ARCHITECTURES:
+        raise InputError(f"model: {model_type!r}; adapters of {', '.join(ARCHITECTURES)} can be written")
+    if isinstance(lever, Adapter) and config is None:
+        raise InputError("model: an adapter is written by the sizes of its model; name it")
     return write_atomically(Path(path), write)
 
 
