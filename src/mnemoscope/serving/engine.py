@@ -270,8 +270,10 @@ def _told(make: Callable[..., Any], self: Any, new_token_ids: Any, *args: Any, *
     Raises RuntimeError where a request that asked is answered without one: no worker knows this plugin.
     """
     if len(args) > CARRIER and args[CARRIER] and ADMITTED in args[CARRIER]:
-        before, now = getattr(self, ADMITTED, None) or {}, args[CARRIER][ADMITTED]
-        self.mnemoscope = now | ({TOKENS: [*before.get(TOKENS, ()), *now[TOKENS]]} if TOKENS in now else {})
+        before, self.mnemoscope = getattr(self, ADMITTED, None) or {}, args[CARRIER][ADMITTED]
+        if TOKENS in self.mnemoscope:  # what was read since
+            before.setdefault(TOKENS, []).extend(self.mnemoscope[TOKENS])
+            self.mnemoscope = self.mnemoscope | {TOKENS: before[TOKENS]}
         rest = {name: value for name, value in args[CARRIER].items() if name != ADMITTED}
         args = (*args[:CARRIER], rest or None, *args[CARRIER + 1 :])
     report = getattr(self, ADMITTED, None)
