@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,11 @@ from little_facts import VOCABULARY
 from mnemoscope.behaviour import Asking, read_behind
 from mnemoscope.config import ModelConfig
 from mnemoscope.face.fitted import Fitted
+from mnemoscope.interventions import Toward
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
+from mnemoscope.runs.errors import InputError
+from mnemoscope.serving import engine
+from mnemoscope.serving.admission import Admitted
 from mnemoscope.serving.client import Server, asking
 from mnemoscope.serving.engine import TRIED
 from mnemoscope.serving.proof import prove
@@ -176,7 +180,7 @@ def proven(client: httpx.Client, fitted: Fitted, texts: list[str]) -> dict[str, 
     return {proof.name.partition(" (")[0]: proof for proof in found}
 
 
-@pytest.mark.parametrize("at_start", ["", "wrong layer"])  # where a vector acts is read when a server starts
+@pytest.mark.parametrize("at_start", ["", *vllm_faulty.AT_START])
 def test_the_doctor_passes_an_honest_server_and_finds_a_planted_fault(
     material: Material, tmp_path: Path, at_start: str
 ) -> None:
@@ -184,13 +188,23 @@ def test_the_doctor_passes_an_honest_server_and_finds_a_planted_fault(
     present.write_text(at_start)
     with serving(material, tmp_path / "server.log", *EAGER, *CHUNKED, fault=present) as client:
         assert Server(str(client.base_url)).engine.startswith("vLLM 0.")
-        for fault in [at_start] if at_start else ["", *(name for name in vllm_faulty.FAULTS if name != "wrong layer")]:
+        in_turn = ["", *(name for name in vllm_faulty.FAULTS if name not in vllm_faulty.AT_START)]
+        for fault in [at_start] if at_start else in_turn:
             present.write_text(fault)
             assert client.post("/reset_prefix_cache").status_code == 200
+            if fault == "operator removed":  # an engine that would answer unsteered ends
+                with pytest.raises(InputError, match=r"^server: "):
+                    proven(client, material.fitted(), material.texts[:8])
+                assert "parts did not run in this pass" in (tmp_path / "server.log").read_text()
+                continue
             found = proven(client, material.fitted(), material.texts[:8])
             failed = {name for name, proof in found.items() if not proof.passed}
             assert found["unsteered = transformers'"].passed
             assert vllm_faulty.FAULTS[fault][1] in failed if fault else not failed, (fault, failed)
+
+
+def other(admitted: Admitted) -> Toward:
+    return Toward.of(admitted.steer).opposite
 
 
 @pytest.mark.filterwarnings("ignore")  # of vLLM's own imports
@@ -225,6 +239,12 @@ def test_an_llm_of_each_family_that_is_allowed_is_proven_in_process(
     try:
         texts = [" ".join(WORDS[(7 * n + 3 * k) % 61] for k in range(5 + n)) for n in range(4)]
         found = list(prove(asking(llm), Fitted.open(run, *opened), texts, CONTEXT))
+        if adapters:
+            own = engine.adapter_of
+            with monkeypatch.context() as patch:
+                patch.setattr(engine, "adapter_of", lambda offered, one: own(offered, replace(one, steer=other(one))))
+                proofs = prove(asking(llm), Fitted.open(run, *opened), texts, CONTEXT)
+                assert not next(one for one in proofs if one.name == "steered = transformers'").passed
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm

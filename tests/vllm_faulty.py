@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from mnemoscope.interventions.detect import Reading
 from mnemoscope.serving import engine, worker
 from mnemoscope.serving.admission import Offered
 from mnemoscope.serving.http import wrapped
+from mnemoscope.serving.written import Writing
 
 
 def shifts_removed(begin: Any, self: Any, *rest: Any) -> None:
@@ -42,8 +44,8 @@ def alpha_ignored(begin: Any, self: Any, *rest: Any) -> None:
         parts[2].fill_(1.0)
 
 
-def wrong_layer(opened: Any, source: Any, binding: Any) -> Offered:
-    offered = opened(source, binding)
+def wrong_layer(opened: Any, *about: Any) -> Offered:
+    offered = opened(*about)
     moved = {way: {n + 1: shift for n, shift in one.shifts.items()} for way, one in offered.vectors.items()}
     return replace(offered, levers={w: {"shift": replace(one, edits=moved[w])} for w, one in offered.vectors.items()})
 
@@ -60,12 +62,34 @@ def rows_mixed_up(rows_of: Any, counts: Any, *rest: Any) -> Any:
     return first_N[next_R] + place_R, owner_R, decision_N
 
 
-# Each with the check that must find it, and what it replaces.
+def row_before(read: Any, self: Any, name: Any, now: Any, whole: Any) -> None:
+    """What a detector reads is the state of the token before, which may be another request's."""
+    read(self, name, now, lambda rows_R: whole((rows_R - 1).clamp(min=0)))
+
+
+def tokens_of_the_row_before(keep: Any, self: Any, layer: Any, whole: Any) -> None:
+    keep(self, layer, lambda rows_S: whole((rows_S - 1).clamp(min=0)))
+
+
+def gate_always_open(acts: Any, self: Any, *about: Any) -> Any:
+    return np.ones_like(acts(self, *about))
+
+
+def operator_removed(acting: Any, *about: Any) -> None:
+    """As by a compiler that sees no use in it."""
+
+
+# Each with the check that must find it, and what it replaces; those ``AT_START`` need a server of their own.
+AT_START = ("wrong layer", "operator removed")
 FAULTS: dict[str, tuple[Callable[..., Any], str, Any, str]] = {
     "shifts removed": (shifts_removed, "steered = transformers'", worker.Steerer, "begin"),
     "stale pass": (stale_pass, "steered = transformers'", worker.Steerer, "begin"),
     "alpha ignored": (alpha_ignored, "steered = transformers'", worker.Steerer, "begin"),
     "wrong layer": (wrong_layer, "steered = transformers'", Offered, "open"),
+    "row before": (row_before, "read = detect", worker.Steerer, "_read"),
+    "tokens of the row before": (tokens_of_the_row_before, "tokens = read", Writing, "keep"),
+    "gate always open": (gate_always_open, "gate as in transformers", Reading, "acts"),
+    "operator removed": (operator_removed, "steered = transformers'", worker, "act"),
     "no cache separation": (no_cache_separation, "follow-up after steering = fresh", engine, "key_of_block"),
     # Which requests share a pass is the server's choice: on a busy machine no unsteered one may have such a neighbour.
     "rows mixed up": (rows_mixed_up, "steered = transformers'", worker, "rows_of"),
