@@ -11,7 +11,7 @@ Shapes: N prompts, M tokens of an answer, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from mnemoscope.bench import lists
-    from mnemoscope.interventions.hooks import Gate
+    from mnemoscope.interventions.hooks import Alpha, Gate
     from mnemoscope.interventions.words import Quoted
 
 Bench: TypeAlias = "lists.Bench"  # what methods are fitted on
@@ -85,11 +85,7 @@ class Intervention(Artefact):
         return quoted.prompt
 
     def apply(
-        self,
-        model: PreTrainedModel,
-        alpha: float | Sequence[float] | Tensor = 1.0,
-        start: int | None = None,
-        gate: Gate | None = None,
+        self, model: PreTrainedModel, alpha: Alpha = 1.0, start: int | None = None, gate: Gate | None = None
     ) -> AbstractContextManager[None]:
         """The context in which passes run; see ``SteeringVector.apply``. By default nothing is changed."""
         return nullcontext()

@@ -19,11 +19,7 @@ class Delete(Intervention):
     """Prompts without the text that they quote."""
 
     KIND: ClassVar[str] = "delete"
-
-    @property
-    def everywhere(self) -> bool:
-        """True: another prompt has another prefix."""
-        return True
+    everywhere = True  # another prompt has another prefix
 
     def prompt(self, quoted: Quoted) -> str:
         """The prompt without its text."""
