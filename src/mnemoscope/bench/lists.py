@@ -243,7 +243,7 @@ class DrawnBench(Bench):
     def lists(self) -> FitLists:
         """The fit lists of methods that learn by gradients, with prefixes."""
         config = self.config
-        found = spread(self.mined.pairs())[: config.pairs]
+        found = spread_groups(self.mined.pairs(), lambda pair: pair[0].group)[: config.pairs]
         sides = {"generalized": [one for one, _ in found], "memorized": [other for _, other in found]}
         targets = {toward: each_once(sides[toward.opposite]) for toward in Toward}
         asking = replace(self.asking, batch_size=config.batch)  # one batch a step
@@ -264,7 +264,7 @@ class DrawnBench(Bench):
     @cached_property
     def pairs(self) -> list[tuple[Example, Example]]:
         """Pairs of the fit split; InputError where less than two groups flip."""
-        pairs = spread(self.mined.pairs())[: self.config.pairs]
+        pairs = spread_groups(self.mined.pairs(), lambda pair: pair[0].group)[: self.config.pairs]
         if len({one.group for one, _ in pairs}) < 2:
             raise InputError(f"task: {len(pairs)} of its fit candidates flip; pairs of 2 groups are needed")
         return pairs
@@ -308,14 +308,6 @@ def told_by_answers(bench: DrawnBench) -> float | None:
 
     ahead = [odds(e.memorized) - odds(e.generalized) for e in bench.test["conflict"].examples]
     return float(np.mean([(difference > 0) + 0.5 * (difference == 0) for difference in ahead]))
-
-
-def spread(pairs: Sequence[tuple[Example, Example]]) -> list[tuple[Example, Example]]:
-    """Pairs as evenly by group as possible."""
-    by_group: dict[str, list[tuple[Example, Example]]] = {}
-    for pair in pairs:
-        by_group.setdefault(pair[0].group, []).append(pair)
-    return in_turn(by_group.values())
 
 
 def each_once(examples: Iterable[Example], limit: int | None = None) -> list[Example]:
