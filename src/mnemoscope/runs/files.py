@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -178,8 +177,3 @@ class Seen:
 def plain(value: Any) -> Any:
     """A value as JSON has it, with None for every number that is not finite."""
     return from_json(to_json(value, inf_nan_mode="null"))
-
-
-def dumped(value: Any) -> str:
-    """One line of JSON, undefined numbers as null."""
-    return json.dumps(plain(value), allow_nan=False)
