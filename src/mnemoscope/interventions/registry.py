@@ -31,11 +31,6 @@ def name_of(method: str) -> str:
     return method.rpartition(".")[2].replace("_", "-")
 
 
-def about(method: str) -> str:
-    """What a method is, in a line."""
-    return str(method_module(method).ABOUT)
-
-
 def check_method(method: str) -> str:
     """The path of a method's module; InputError where there is none of this name, or it is not allowed."""
     name = name_of(method)
