@@ -131,8 +131,7 @@ def weights_note(model: str) -> str | None:
 
 def open_model(model: str, how: How) -> tuple[Any, Any]:
     """Model and tokenizer, by the options of the command line."""
-    found: tuple[Any, Any] = ms.load_model(model, **opening(model, how))
-    return found
+    return ms.load_model(model, **opening(model, how))
 
 
 def opening(model: str, how: How) -> dict[str, Any]:

@@ -152,8 +152,7 @@ def for_aim(block: Any, aim: Aim) -> Any:
 
 def changes(block: Any, aim: Aim) -> dict[str, Estimate]:
     """Collateral under the setting for an aim."""
-    found: dict[str, Estimate] = block.collateral if aim == "pairs" else block.collateral_conflict
-    return found
+    return block.collateral if aim == "pairs" else block.collateral_conflict
 
 
 def strongest_control(block: Any, aim: Aim = "pairs") -> str:

@@ -52,8 +52,7 @@ class LayerProbe:
 
     def decision_function(self, states_ND: ArrayLike) -> Floats:
         """Scores (N) of states (N, D): log odds of generalized."""
-        scores_N: Floats = np.asarray(states_ND, dtype=np.float64) @ self.weights_D_ + self.bias_
-        return scores_N
+        return np.asarray(states_ND, dtype=np.float64) @ self.weights_D_ + self.bias_
 
 
 def fit_layer_probes(

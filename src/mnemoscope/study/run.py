@@ -137,8 +137,7 @@ def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers:
         settle(analysed[0].threads)
         places = min(possible_workers(cell, workers) for cell in analysed)
         with in_processes(places, analysed[0].threads) as parallel:
-            files: list[Path] = compare_stage(analysed, run, parallel, tell)
-            return files
+            return compare_stage(analysed, run, parallel, tell)
 
     hashes = "".join(marker["hash"] for cell in analysed for marker in markers_of(cell.folder).values())
     _run_stage("study", run, "compare", hashlib.sha256(hashes.encode()).hexdigest(), compared, progress)
