@@ -127,13 +127,10 @@ class Intervention(Artefact):
 
 
 def load_intervention(
-    path: Path,
-    model: PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerFast | None = None,
-    force: bool = False,
+    path: Path, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> Intervention:
     """Load an intervention of any kind that was imported; see ``Artefact.load`` for errors."""
-    facts, _ = read_artefact("intervention", path := tensors_file(path), InterventionFacts, force)
+    facts, _ = read_artefact("intervention", path := tensors_file(path), InterventionFacts)
     kind, method = facts.get("kind", "vector"), facts["method"]
     if kind in KINDS:
         import_module(f"mnemoscope.interventions.{kind}")
@@ -143,7 +140,7 @@ def load_intervention(
     known = {one.KIND: one for one in _all(Intervention) if hasattr(one, "KIND")}
     if kind not in known:
         raise InputError(f"kind: {path} is {kind!r}; known are {', '.join(sorted(known))}, and what was imported")
-    return known[kind].load(path, model, tokenizer, force)
+    return known[kind].load(path, model, tokenizer)
 
 
 def _all(base: type[Intervention]) -> list[type[Intervention]]:
