@@ -68,12 +68,14 @@ class Bench:
     Attributes:
         seed: of whatever methods draw.
         tried: what they try, where it is not their own choice.
+        places: where and how strongly a shift is learned, by what was tried without learning; none: at all places.
     """
 
     asking: Asking
     task: Task
     seed: int
     tried: Tried = field(default_factory=Tried)
+    places: dict[Toward, tuple[Site, tuple[int, ...], float]] = field(default_factory=dict)
     _sources: dict[tuple[Site, Unit], Sources] = field(default_factory=dict, repr=False)
 
     @property
@@ -105,10 +107,6 @@ class Bench:
     def has_bares(self) -> bool:
         """Whether every conflict has a bare question."""
         return all(bare is not None for bare in self.tune_conflicts.bares)
-
-    def place(self, toward: Toward) -> tuple[Site, tuple[int, ...], float] | None:
-        """Where and how strongly a shift is learned, by what was tried without learning; None: at all places."""
-        return None
 
     def sources(self, site: Site, unit: Unit = "norm") -> Sources:
         """States of the fit pairs at a site, with the lists that are learned on; ``unit`` of the strengths."""

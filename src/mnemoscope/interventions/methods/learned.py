@@ -43,7 +43,7 @@ def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
         parts = [grid.strengths[n : n + TOGETHER] for n in range(0, len(grid.strengths), TOGETHER)]
         places = product(grid.layer_sets(len(blocks_of(bench.asking.model))), parts)
         several += [((tried.unit, site, layers), part, grid.tops) for layers, part in places]
-    best = bench.place(toward)  # the best of what was looked at first
+    best = bench.places.get(toward)  # the best of what was looked at first
     for place, strengths, tops in several:
         if best is not None and place[1:] != best[:2]:
             continue
