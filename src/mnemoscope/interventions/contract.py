@@ -2,9 +2,9 @@
 
 It is data, tensors and plain values, so it can be saved, loaded, bound to its model, scaled, and sent to a server.
 
-A method is a module of ``methods`` or ``rivals``, or one that a user allows, with ``ABOUT``, what it is in a line, and
-``candidates(bench, toward)``, which fits it and returns its settings, to be chosen on tune; or with a ``direction``
-(see ``shifts``), or a rule of decoding (``joined``, see ``decoding``).
+A method is a module of ``methods`` or ``rivals``, or one that a user allows, with ``candidates(bench, toward)``, which
+fits it and returns its settings, to be chosen on tune; or with a ``direction`` (see ``shifts``), or a rule of decoding
+(``joined``, see ``decoding``).
 
 Shapes: N prompts, M tokens of an answer, V vocabulary.
 """

@@ -52,7 +52,6 @@ def method_module(method: str) -> Any:
         module = import_module(path)
     except ImportError as error:
         raise InputError(f"methods: {path!r} cannot be imported ({error})") from error
-    lacking = [name for name in ("ABOUT", "candidates") if not hasattr(module, name)]
-    if "ABOUT" in lacking or (lacking and not {"direction", "joined"} & vars(module).keys()):
-        raise InputError(f"methods: module {path!r} lacks {lacking[0]}")
+    if not {"candidates", "direction", "joined"} & vars(module).keys():
+        raise InputError(f"methods: module {path!r} lacks candidates")
     return module

@@ -32,7 +32,6 @@ from mnemoscope.runs.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ABOUT = "attention of chosen heads to the text scaled (arXiv 2311.02262)"
 SHARES, FACTORS = (1 / 16, 1 / 4, 1.0), (2.0, 10.0, 100.0)  # of all heads; to memory its inverse
 TRIED, EXAMPLES = 10.0, 16  # the factor that heads are ranked with, and conflicts
 

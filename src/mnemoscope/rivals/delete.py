@@ -10,7 +10,6 @@ from mnemoscope.interventions.contract import Bench
 from mnemoscope.interventions.words import Quoted
 from mnemoscope.runs.errors import InputError
 
-ABOUT = "the prompt without its text, an oracle to memory"
 ORACLE = True
 
 

@@ -21,7 +21,6 @@ from mnemoscope.interventions.sources import ANSWERED, TAUGHT, TOGETHER, Labels,
 from mnemoscope.interventions.vector import SteeringVector
 from mnemoscope.models import Site, blocks_of, in_precision, quick_precision
 
-ABOUT = "a shift that is optimized, one layer"
 NULLS = TAUGHT
 LAYERS = 3
 STRENGTHS = (0.25, 0.6, 1.2)  # of the shift, in units of each neuron's spread
