@@ -32,7 +32,7 @@ from mnemoscope.report.stories import holds, read, steer_page
 from mnemoscope.report.stories.behaviour import difference
 from mnemoscope.report.stories.cost import measure_kept
 from mnemoscope.report.summary import verdict
-from mnemoscope.report.words import control_names, interval, percent, points, ranged, toward
+from mnemoscope.report.words import TOWARDS, control_names, interval, percent, points, ranged
 from mnemoscope.runs.processes import in_processes
 from mnemoscope.statistics import Estimate, proportion
 
@@ -274,7 +274,7 @@ def test_steering_is_told_of_both_directions_in_words_of_the_task(
     assert answer.verdict == verdict
     assert [one.number for one in both] == [f"{100 * shift:.0f}\u00a0%" for shift in shifts]
     for one, direction in zip(both, SOURCE, strict=True):
-        assert f"steered {toward(direction, documents)};" in one.sentence
+        assert f"steered {TOWARDS[documents][direction]};" in one.sentence
     # Towards remembering, new questions do not count; each loss has its direction.
     assert "-50\u00a0points of new questions" in both[0].note
     assert "-2\u00a0points of facts to recall" in both[1].note

@@ -12,7 +12,6 @@ from mnemoscope.bench.lists import Bench
 from mnemoscope.interventions import Edit, Intervention, SteeringVector, Toward
 from mnemoscope.interventions.shifts import spread_layers
 
-ABOUT = "states within a band"
 BANDS = (0.5, 1.0)  # in units of each neuron's spread
 
 

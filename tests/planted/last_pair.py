@@ -6,8 +6,6 @@ import numpy as np
 
 from mnemoscope.interventions.sources import Labels, Sources
 
-ABOUT = "the difference of one pair"
-
 
 def direction(sources: Sources, labels: Labels) -> np.ndarray:
     return sources.differences_PLD(labels)[-1]

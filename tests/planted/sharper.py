@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ABOUT = "tokens that the other side makes likelier are left out"
 SETTINGS = [{"penalty": 0.5}, {"penalty": 2.0}]
 
 

@@ -68,12 +68,14 @@ class Bench:
     Attributes:
         seed: of whatever methods draw.
         tried: what they try, where it is not their own choice.
+        places: where and how strongly a shift is learned, by what was tried without learning; none: at all places.
     """
 
     asking: Asking
     task: Task
     seed: int
     tried: Tried = field(default_factory=Tried)
+    places: dict[Toward, tuple[Site, tuple[int, ...], float]] = field(default_factory=dict)
     _sources: dict[tuple[Site, Unit], Sources] = field(default_factory=dict, repr=False)
 
     @property
@@ -105,10 +107,6 @@ class Bench:
     def has_bares(self) -> bool:
         """Whether every conflict has a bare question."""
         return all(bare is not None for bare in self.tune_conflicts.bares)
-
-    def place(self, toward: Toward) -> tuple[Site, tuple[int, ...], float] | None:
-        """Where and how strongly a shift is learned, by what was tried without learning; None: at all places."""
-        return None
 
     def sources(self, site: Site, unit: Unit = "norm") -> Sources:
         """States of the fit pairs at a site, with the lists that are learned on; ``unit`` of the strengths."""
@@ -243,7 +241,7 @@ class DrawnBench(Bench):
     def lists(self) -> FitLists:
         """The fit lists of methods that learn by gradients, with prefixes."""
         config = self.config
-        found = spread(self.mined.pairs())[: config.pairs]
+        found = spread_groups(self.mined.pairs(), lambda pair: pair[0].group)[: config.pairs]
         sides = {"generalized": [one for one, _ in found], "memorized": [other for _, other in found]}
         targets = {toward: each_once(sides[toward.opposite]) for toward in Toward}
         asking = replace(self.asking, batch_size=config.batch)  # one batch a step
@@ -264,7 +262,7 @@ class DrawnBench(Bench):
     @cached_property
     def pairs(self) -> list[tuple[Example, Example]]:
         """Pairs of the fit split; InputError where less than two groups flip."""
-        pairs = spread(self.mined.pairs())[: self.config.pairs]
+        pairs = spread_groups(self.mined.pairs(), lambda pair: pair[0].group)[: self.config.pairs]
         if len({one.group for one, _ in pairs}) < 2:
             raise InputError(f"task: {len(pairs)} of its fit candidates flip; pairs of 2 groups are needed")
         return pairs
@@ -308,14 +306,6 @@ def told_by_answers(bench: DrawnBench) -> float | None:
 
     ahead = [odds(e.memorized) - odds(e.generalized) for e in bench.test["conflict"].examples]
     return float(np.mean([(difference > 0) + 0.5 * (difference == 0) for difference in ahead]))
-
-
-def spread(pairs: Sequence[tuple[Example, Example]]) -> list[tuple[Example, Example]]:
-    """Pairs as evenly by group as possible."""
-    by_group: dict[str, list[tuple[Example, Example]]] = {}
-    for pair in pairs:
-        by_group.setdefault(pair[0].group, []).append(pair)
-    return in_turn(by_group.values())
 
 
 def each_once(examples: Iterable[Example], limit: int | None = None) -> list[Example]:

@@ -77,7 +77,7 @@ def arena(
     methods = [name_of(method) for method in methods] if methods else None
     config = parse_arena(dict(choices.get("sizes") or {}))
     elsewhere = dict(one for run in choices.get("carry") or () for one in carried(Path(run) / "arena"))
-    made = task if isinstance(task, Task) else _task(task, dict(options or {}), config.seed)
+    made = _task(task, dict(options or {}), config.seed)
     is_open = not isinstance(model, str | Path)
     name = choices.get("name") or (type(model).__name__ if is_open else Path(str(model)).name)
     source, workers, opening = None if is_open else model, choices.get("workers") or 1, choices.get("opening") or {}

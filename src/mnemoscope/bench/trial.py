@@ -132,7 +132,7 @@ class Trial:
                 "setting": dict(one.setting),
                 "tune": tune,
                 "tried": len(tried),
-                "norm": _norm(one, bench),
+                "norm": norm_of(one, bench.sources(one.site)) if has_equal_norm(one) else math.nan,
                 "seconds": dict(zip(("fit", "choose", "judge"), np.diff(times).tolist(), strict=True)),
             }
             files += [] if is_set or number else self._saved(one)
@@ -171,11 +171,3 @@ class Trial:
         bound = replace(one, **about).bound_to(self.opened.model, self.opened.tokenizer)
         self.levers.mkdir(parents=True, exist_ok=True)
         return bound.save(self.levers / f"{one.toward}-{one.method}.safetensors")
-
-
-def _norm(one: Intervention, bench: DrawnBench) -> float:
-    """Of a vector, how far it moves states; NaN for what has no norm."""
-    if not has_equal_norm(one):
-        return math.nan
-    assert isinstance(one, SteeringVector)
-    return norm_of(one, bench.sources(one.site))

@@ -6,6 +6,7 @@ Exit codes: 2 for input, files and disks; 1 for a run that cannot go on; 130 whe
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 from typing import Annotated, Any, NoReturn
@@ -96,11 +97,11 @@ def _whole(
 
 
 def say(as_json: bool, text: object, **facts: Any) -> None:
-    """Print facts as one line of JSON, or a text."""
-    from mnemoscope.runs.files import dumped
+    """Print facts as one line of JSON, undefined numbers as null, or a text."""
+    from mnemoscope.runs.files import plain
 
-    plain = {name: str(value) if isinstance(value, os.PathLike) else value for name, value in facts.items()}
-    typer.echo(dumped(plain) if as_json else text)
+    texts = {name: str(value) if isinstance(value, os.PathLike) else value for name, value in facts.items()}
+    typer.echo(json.dumps(plain(texts), allow_nan=False) if as_json else text)
 
 
 def formatted(how: How) -> Any:
@@ -130,8 +131,7 @@ def weights_note(model: str) -> str | None:
 
 def open_model(model: str, how: How) -> tuple[Any, Any]:
     """Model and tokenizer, by the options of the command line."""
-    found: tuple[Any, Any] = ms.load_model(model, **opening(model, how))
-    return found
+    return ms.load_model(model, **opening(model, how))
 
 
 def opening(model: str, how: How) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from mnemoscope.config.study import (
     CellConfig,
     GridConfig,
     LowRankConfig,
-    MethodName,
     ProbesConfig,
     SteeringConfig,
     StudyConfig,

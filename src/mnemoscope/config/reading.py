@@ -46,8 +46,7 @@ def load_study(study: str, overrides: list[str] | None = None, seeds: int | None
 
 def _parsed(kind: type[Config], where: str, raw: dict[str, Any]) -> Config:
     """Validate fields; InputError names the first at fault, its value and what is allowed."""
-    found: Config = validated(raw, kind, where)
-    return found
+    return validated(raw, kind, where)
 
 
 parse_study = partial(_parsed, StudyConfig, "study")

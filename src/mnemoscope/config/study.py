@@ -12,7 +12,6 @@ from mnemoscope.runs.schemas import Site as SiteName
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # of studies, cells and runs: the name of one folder, never a path
 Name = Annotated[str, Field(pattern=NAME)]
-MethodName = Name  # or the path of a module
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Layers = Annotated[str, Field(pattern=r"^(all|each|spread-[1-9]\d{0,8}|\d{1,4}|\d{1,4}-\d{1,4})$")]
@@ -107,7 +106,7 @@ class LowRankConfig(Frozen):
 class SteeringConfig(Frozen):
     """Which vectors are tried on the tune split and judged on the test split."""
 
-    methods: tuple[MethodName, ...] = Field(
+    methods: tuple[Name, ...] = Field(  # or paths of modules
         ("nmd", "gradient", "learned"), min_length=1, description="tried, all alike: names of `mnemoscope methods`"
     )
     grids: dict[SiteName, GridConfig] = Field(

@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 
 from mnemoscope.behaviour import Asking
 from mnemoscope.interventions.contract import Bench, Intervention, Toward
-from mnemoscope.interventions.hooks import Gate, adding, factors_of
+from mnemoscope.interventions.hooks import Alpha, Gate, adding, factors_of
 from mnemoscope.models import adapt, check_peft, core_of, in_precision, is_adapted, prompts_of_rows, quick_precision
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.files import write_atomically
@@ -51,18 +51,10 @@ class Adapter(Intervention):
     KIND: ClassVar[str] = "adapter"
     STORED: ClassVar[tuple[str, ...]] = ("parts",)
     changes_weights: ClassVar[bool] = True
-
-    @property
-    def everywhere(self) -> bool:
-        """True: it acts on every token."""
-        return True
+    everywhere = True
 
     def apply(
-        self,
-        model: PreTrainedModel,
-        alpha: float | Sequence[float] | Tensor = 1.0,
-        start: int | None = None,
-        gate: Gate | None = None,
+        self, model: PreTrainedModel, alpha: Alpha = 1.0, start: int | None = None, gate: Gate | None = None
     ) -> AbstractContextManager[None]:
         """The context in which it is added; strength or alpha 0 changes nothing, bit by bit."""
         if gate is not None:

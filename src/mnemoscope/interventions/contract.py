@@ -2,16 +2,16 @@
 
 It is data, tensors and plain values, so it can be saved, loaded, bound to its model, scaled, and sent to a server.
 
-A method is a module of ``methods`` or ``rivals``, or one that a user allows, with ``ABOUT``, what it is in a line, and
-``candidates(bench, toward)``, which fits it and returns its settings, to be chosen on tune; or with a ``direction``
-(see ``shifts``), or a rule of decoding (``joined``, see ``decoding``).
+A method is a module of ``methods`` or ``rivals``, or one that a user allows, with ``candidates(bench, toward)``, which
+fits it and returns its settings, to be chosen on tune; or with a ``direction`` (see ``shifts``), or a rule of decoding
+(``joined``, see ``decoding``).
 
 Shapes: N prompts, M tokens of an answer, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from mnemoscope.bench import lists
-    from mnemoscope.interventions.hooks import Gate
+    from mnemoscope.interventions.hooks import Alpha, Gate
     from mnemoscope.interventions.words import Quoted
 
 Bench: TypeAlias = "lists.Bench"  # what methods are fitted on
@@ -85,11 +85,7 @@ class Intervention(Artefact):
         return quoted.prompt
 
     def apply(
-        self,
-        model: PreTrainedModel,
-        alpha: float | Sequence[float] | Tensor = 1.0,
-        start: int | None = None,
-        gate: Gate | None = None,
+        self, model: PreTrainedModel, alpha: Alpha = 1.0, start: int | None = None, gate: Gate | None = None
     ) -> AbstractContextManager[None]:
         """The context in which passes run; see ``SteeringVector.apply``. By default nothing is changed."""
         return nullcontext()
@@ -131,13 +127,10 @@ class Intervention(Artefact):
 
 
 def load_intervention(
-    path: Path,
-    model: PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerFast | None = None,
-    force: bool = False,
+    path: Path, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> Intervention:
     """Load an intervention of any kind that was imported; see ``Artefact.load`` for errors."""
-    facts, _ = read_artefact("intervention", path := tensors_file(path), InterventionFacts, force)
+    facts, _ = read_artefact("intervention", path := tensors_file(path), InterventionFacts)
     kind, method = facts.get("kind", "vector"), facts["method"]
     if kind in KINDS:
         import_module(f"mnemoscope.interventions.{kind}")
@@ -147,7 +140,7 @@ def load_intervention(
     known = {one.KIND: one for one in _all(Intervention) if hasattr(one, "KIND")}
     if kind not in known:
         raise InputError(f"kind: {path} is {kind!r}; known are {', '.join(sorted(known))}, and what was imported")
-    return known[kind].load(path, model, tokenizer, force)
+    return known[kind].load(path, model, tokenizer)
 
 
 def _all(base: type[Intervention]) -> list[type[Intervention]]:

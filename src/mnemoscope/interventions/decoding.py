@@ -32,8 +32,7 @@ class Decoding(Intervention):
 
     def watched(self, model: Any) -> AbstractContextManager[Seen]:
         """That of the method's module, where it has one."""
-        found: AbstractContextManager[Seen] = getattr(method_module(self.method), "watched", super().watched)(model)
-        return found
+        return getattr(method_module(self.method), "watched", super().watched)(model)
 
     def join(self, mine_NMV: Tensor, other_NMV: Tensor, *seen: Any) -> Tensor:
         """Joined logits; towards memory the two change roles."""

@@ -46,6 +46,7 @@ NOTHING_RAN = (
 _MISSING = object()
 # Of attributes that contexts have set, by object and name: the value before all, then those of the contexts.
 _held: dict[tuple[int, str], list[tuple[object, Any]]] = {}
+Alpha = float | Sequence[float] | Tensor  # a factor, or one for each prompt (N,)
 Changed = Callable[[Tensor], Tensor]  # states (N, T, D) from the decision position on -> other states
 
 
@@ -189,8 +190,8 @@ def attending(model: PreTrainedModel, text_NT: Tensor | None, added_H: Mapping[i
             raise InputError(NOTHING_RAN)
 
 
-def factors_of(alpha: float | Sequence[float] | Tensor) -> Tensor:
-    """A factor, or one for each prompt (N,), as float32; InputError where one is not finite."""
+def factors_of(alpha: Alpha) -> Tensor:
+    """A factor, or one for each prompt, as float32; InputError where one is not finite."""
     factor = torch.as_tensor(alpha, dtype=torch.float32).cpu()
     if factor.ndim > 1 or not bool(factor.isfinite().all()):
         raise InputError(f"alpha: {alpha} is neither a finite number nor one for each prompt")

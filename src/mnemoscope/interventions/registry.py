@@ -31,11 +31,6 @@ def name_of(method: str) -> str:
     return method.rpartition(".")[2].replace("_", "-")
 
 
-def about(method: str) -> str:
-    """What a method is, in a line."""
-    return str(method_module(method).ABOUT)
-
-
 def check_method(method: str) -> str:
     """The path of a method's module; InputError where there is none of this name, or it is not allowed."""
     name = name_of(method)
@@ -57,7 +52,6 @@ def method_module(method: str) -> Any:
         module = import_module(path)
     except ImportError as error:
         raise InputError(f"methods: {path!r} cannot be imported ({error})") from error
-    lacking = [name for name in ("ABOUT", "candidates") if not hasattr(module, name)]
-    if "ABOUT" in lacking or (lacking and not {"direction", "joined"} & vars(module).keys()):
-        raise InputError(f"methods: module {path!r} lacks {lacking[0]}")
+    if not {"candidates", "direction", "joined"} & vars(module).keys():
+        raise InputError(f"methods: module {path!r} lacks candidates")
     return module

@@ -5,11 +5,13 @@ Shapes: P pairs, N examples, L layers, D neurons. Side 0 of a pair answered gene
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product, zip_longest
-from typing import Literal, TypeVar
+from operator import attrgetter
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -217,11 +219,11 @@ def in_turn(lists: Iterable[Sequence[Entry]]) -> list[Entry]:
     return [entry for row in zip_longest(*lists) for entry in row if entry is not None]
 
 
-def spread_groups(examples: Iterable[Example]) -> list[Example]:
-    """Examples as evenly by group as possible."""
-    by_group: dict[str, list[Example]] = {}
-    for example in examples:
-        by_group.setdefault(example.group, []).append(example)
+def spread_groups(entries: Iterable[Entry], group: Callable[[Any], str] = attrgetter("group")) -> list[Entry]:
+    """Entries, such as examples, as evenly by ``group`` as possible."""
+    by_group = defaultdict[str, list[Entry]](list)
+    for entry in entries:
+        by_group[group(entry)].append(entry)
     return in_turn(by_group.values())
 
 

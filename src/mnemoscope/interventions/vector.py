@@ -5,7 +5,7 @@ Shapes: N examples, L layers, D neurons.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mnemoscope.interventions.contract import Intervention, Toward
 from mnemoscope.interventions.edits import Edit, LowRank, Shift, as_edits, kinds, summed
-from mnemoscope.interventions.hooks import Gate, Positions, edited, factors_of
+from mnemoscope.interventions.hooks import Alpha, Gate, Positions, edited, factors_of
 from mnemoscope.models import EVERY_SITE, Site, blocks_of, site_width
 from mnemoscope.runs.errors import InputError, check_one_of
 from mnemoscope.runs.schemas import VectorFacts
@@ -145,11 +145,7 @@ class SteeringVector(Intervention):
 
     @contextmanager
     def apply(
-        self,
-        model: PreTrainedModel,
-        alpha: float | Sequence[float] | Tensor = 1.0,
-        start: int | None = None,
-        gate: Gate | None = None,
+        self, model: PreTrainedModel, alpha: Alpha = 1.0, start: int | None = None, gate: Gate | None = None
     ) -> Iterator[None]:
         """Edit the model's states inside the context; use any forward pass or ``generate`` in it.
 

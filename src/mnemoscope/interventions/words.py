@@ -90,11 +90,7 @@ class Words(Intervention):
     place: Place = "before"
 
     KIND: ClassVar[str] = "words"
-
-    @property
-    def everywhere(self) -> bool:
-        """True: another prompt has another prefix."""
-        return True
+    everywhere = True  # another prompt has another prefix
 
     def prompt(self, quoted: Quoted) -> str:
         """The prompt with the sentence in it."""

@@ -134,8 +134,7 @@ def view(rows: Iterable[Row]) -> Part:
         for key in way[:-1]:
             at = at.setdefault(key, {})
         at.setdefault(way[-1], row.value)
-    found: Part = parts_of(tree)
-    return found
+    return parts_of(tree)
 
 
 def table(rows: Iterable[Row]) -> pd.DataFrame:

@@ -151,7 +151,7 @@ def in_words(brief: Part) -> dict[str, str]:
 
 def _direction_in_words(found: Part, direction: Direction, documents: bool) -> dict[str, str]:
     """What every lever does, loses and costs; the best vector beside which control, and its setting."""
-    control, chosen, name = "none", found.chosen, words.toward(direction, documents)
+    control, chosen, name = "none", found.chosen, words.TOWARDS[documents][direction]
     if found.strongest_control and found.control:
         control = f"{ranged(found.control)}, {found.strongest_control}"
         control += "; noise only, as no control was learned" if found.noise_only else ""

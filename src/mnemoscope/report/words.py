@@ -15,7 +15,7 @@ Aim = Literal["pairs", "conflict"]
 DIRECTIONS: tuple[Direction, ...] = tuple(toward.direction for toward in Toward)
 AIMS: tuple[Aim, ...] = ("pairs", "conflict")  # what a setting is chosen for, and the list that it is to steer
 NBSP = "\u00a0"
-UNMEASURED = "not measured"
+UNMEASURED, DASH = "not measured", "-"
 # By whether the task quotes documents: the directions of steering, and the two behaviours.
 TOWARDS: dict[bool, dict[str, str]] = {
     False: {"to_generalized": "towards working it out", "to_memorized": "towards remembering"},
@@ -36,11 +36,6 @@ CONTROLS |= {"permuted_answers": "permuted answers", "gaussian": "Gaussian"}
 REFITTED = ("shuffled_labels", "indifference", "permuted_answers")  # a method has the first, or the other two
 
 
-def toward(direction: str, documents: bool) -> str:
-    """A direction in words of the task: ``to context`` and ``to memory`` of documents."""
-    return TOWARDS[documents][direction]
-
-
 def answered(key: str, documents: bool) -> str:
     """What examples of a behaviour are: ``remembered``, ``answered from memory``."""
     return f"answered {ANSWERED[documents][key]}" if documents else ANSWERED[documents][key]
@@ -48,7 +43,7 @@ def answered(key: str, documents: bool) -> str:
 
 def aimed(direction: str, documents: bool) -> str:
     """What a direction aims at, as a heading: ``Context``, ``Remembering``."""
-    return toward(direction, documents).partition(" ")[2].capitalize()
+    return TOWARDS[documents][direction].partition(" ")[2].capitalize()
 
 
 def percent(share: float) -> str:
@@ -60,6 +55,11 @@ def percent(share: float) -> str:
         return f"{'under 0.1' if abs(value) < 1 else 'over 99.9'}{NBSP}%"
     digits = 1 if 0 < abs(value) < 1 or 99 < abs(value) < 100 else 0
     return f"{value:.{digits}f}{NBSP}%"
+
+
+def p_value(p: float) -> str:
+    """A p-value to three digits."""
+    return DASH if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def no_interval(found: Estimate) -> str:
@@ -152,8 +152,7 @@ def for_aim(block: Any, aim: Aim) -> Any:
 
 def changes(block: Any, aim: Aim) -> dict[str, Estimate]:
     """Collateral under the setting for an aim."""
-    found: dict[str, Estimate] = block.collateral if aim == "pairs" else block.collateral_conflict
-    return found
+    return block.collateral if aim == "pairs" else block.collateral_conflict
 
 
 def strongest_control(block: Any, aim: Aim = "pairs") -> str:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mnemoscope.interventions.methods import cad
 
-ABOUT = "context-aware decoding, weighted by how far the two distributions differ (arXiv 2409.07394)"
 SETTINGS = [dict[str, float]()]
 
 

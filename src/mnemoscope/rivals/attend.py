@@ -24,7 +24,7 @@ from torch import Tensor
 from mnemoscope.behaviour import only_log_probability, with_options
 from mnemoscope.interventions import Gate, Intervention, Toward
 from mnemoscope.interventions.contract import Bench
-from mnemoscope.interventions.hooks import attending, factors_of
+from mnemoscope.interventions.hooks import Alpha, attending, factors_of
 from mnemoscope.interventions.shifts import once
 from mnemoscope.models import blocks_of, core_of, heads_of
 from mnemoscope.runs.errors import InputError
@@ -32,7 +32,6 @@ from mnemoscope.runs.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ABOUT = "attention of chosen heads to the text scaled (arXiv 2311.02262)"
 SHARES, FACTORS = (1 / 16, 1 / 4, 1.0), (2.0, 10.0, 100.0)  # of all heads; to memory its inverse
 TRIED, EXAMPLES = 10.0, 16  # the factor that heads are ranked with, and conflicts
 
@@ -71,7 +70,7 @@ class Attend(Intervention):
             raise InputError(f"attn_implementation: {how!r} cannot be steered; allowed are sdpa and eager")
 
     def apply(
-        self, model: PreTrainedModel, alpha: Any = 1.0, start: int | None = None, gate: Gate | None = None
+        self, model: PreTrainedModel, alpha: Alpha = 1.0, start: int | None = None, gate: Gate | None = None
     ) -> AbstractContextManager[None]:
         """The context in which a power of the factor scales attention in the batch that was ``marked``."""
         self.check_shape(model)

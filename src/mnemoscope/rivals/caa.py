@@ -20,7 +20,6 @@ from mnemoscope.interventions.contract import Bench
 from mnemoscope.interventions.methods.nmd import FACTORS
 from mnemoscope.interventions.shifts import once, spread_layers
 
-ABOUT = "mean difference of pairs at one layer (arXiv 2312.06681)"
 LAYERS = 8
 
 

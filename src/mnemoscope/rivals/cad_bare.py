@@ -5,7 +5,6 @@ from __future__ import annotations
 from mnemoscope.interventions.contract import Contrast
 from mnemoscope.interventions.methods.cad import SETTINGS, joined
 
-ABOUT = "context-aware decoding against the bare question, an oracle"
 ORACLE = True
 CONTRAST: Contrast = "bare"
-__all__ = ["ABOUT", "CONTRAST", "ORACLE", "SETTINGS", "joined"]
+__all__ = ["CONTRAST", "ORACLE", "SETTINGS", "joined"]

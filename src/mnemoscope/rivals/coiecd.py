@@ -14,7 +14,6 @@ from itertools import product
 import torch
 from torch import Tensor
 
-ABOUT = "contrast where a token is unlikely to be by the bare question (arXiv 2402.11893)"
 BANDS = (0.1, 0.25, 0.5)  # lambda: the band goes from 1 / lambda of the least to lambda of the most information
 WEIGHTS = (0.5, 1.0, 2.0)  # alpha
 SETTINGS = [{"band": band, "weight": weight} for band, weight in product(BANDS, WEIGHTS)]

@@ -10,7 +10,6 @@ from mnemoscope.interventions.contract import Bench
 from mnemoscope.interventions.words import Quoted
 from mnemoscope.runs.errors import InputError
 
-ABOUT = "the prompt without its text, an oracle to memory"
 ORACLE = True
 
 
@@ -19,11 +18,7 @@ class Delete(Intervention):
     """Prompts without the text that they quote."""
 
     KIND: ClassVar[str] = "delete"
-
-    @property
-    def everywhere(self) -> bool:
-        """True: another prompt has another prefix."""
-        return True
+    everywhere = True  # another prompt has another prefix
 
     def prompt(self, quoted: Quoted) -> str:
         """The prompt without its text."""

@@ -21,7 +21,6 @@ from mnemoscope.interventions.contract import Bench
 from mnemoscope.interventions.learning import Asked
 from mnemoscope.interventions.sources import PERMUTED, Labels
 
-ABOUT = "an adapter trained on wanted over other answers"
 NULLS = (PERMUTED,)
 BETA = 0.1
 

@@ -11,7 +11,6 @@ from mnemoscope.interventions.contract import Bench
 from mnemoscope.interventions.sources import spread_groups
 from mnemoscope.interventions.words import Words
 
-ABOUT = "solved conflicts before the prompt, each with the wanted answer"
 SHOTS, BETWEEN = (2, 4), {"line": "\n", "blank line": "\n\n"}
 
 

@@ -27,7 +27,6 @@ from mnemoscope.interventions.methods import cad
 from mnemoscope.models import backbone_of, core_of
 from mnemoscope.rivals.adacad import divergence
 
-ABOUT = "contrast weighted at each token by outputs, states and layers' predictions (arXiv 2606.05644)"
 SETTINGS = [{"scale": scale, "least": least} for scale, least in product((0.5, 1.0, 1.5, 2.0), (0.0, 0.1))]
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ABOUT = "text or memory, by the exponent at which their order turns (arXiv 2606.10298)"
 SETTINGS = [{"gate": gate} for gate in (0.25, 0.5, 0.75, 0.9, 0.97)]
 
 

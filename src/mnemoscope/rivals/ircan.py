@@ -28,7 +28,6 @@ from mnemoscope.interventions.shifts import once
 from mnemoscope.interventions.sources import spread_groups, with_prefixes
 from mnemoscope.models import blocks_of, site_width
 
-ABOUT = "neurons of the highest attribution scaled (arXiv 2406.18406)"
 COUNTS = (2, 4, 8, 16)  # neurons that are scaled
 FACTORS = {"generalized": (2.0, 4.0, 8.0), "memorized": (0.0, 2.0, 4.0, 8.0)}  # 0: what carries the context is erased
 STEPS = 8  # of the integral

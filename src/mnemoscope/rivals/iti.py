@@ -20,7 +20,6 @@ from mnemoscope.models import heads_of
 from mnemoscope.statistics import half_of_groups
 from mnemoscope.statistics.probes import LayerProbe, share_right
 
-ABOUT = "heads that a probe reads best, shifted (arXiv 2306.03341)"
 HEADS = (8, 16, 32)  # K
 FACTORS = (0.5, 1.0, 2.0, 5.0, 10.0)  # a
 C = 0.1  # inverse strength of the probes' penalty

@@ -25,8 +25,6 @@ from mnemoscope.runs.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ABOUT = "heads scaled by what they gave in a first pass (arXiv 2503.10996)"
-
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
     """Every number of heads and pair of factors; InputError for a model whose heads are not found."""

@@ -24,7 +24,6 @@ from mnemoscope.interventions.sources import spread_groups, with_prefixes
 from mnemoscope.models import blocks_of, heads_of
 from mnemoscope.tasks import Example, as_bare
 
-ABOUT = "heads scaled in one pass (arXiv 2503.10996)"
 Heads = Sequence[tuple[int, int]]  # layer and head
 COUNTS = (5, 10)  # heads of either kind
 UP = (0.0, 0.5, 1.0, 3.0, 5.0)

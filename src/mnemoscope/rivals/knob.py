@@ -23,7 +23,6 @@ from mnemoscope.interventions.learning import Asked, Lesson, descend, log_p
 from mnemoscope.interventions.shifts import once, spread_layers
 from mnemoscope.interventions.sources import in_turn, with_prefixes
 
-ABOUT = "one coordinate at one layer, set to a value (arXiv 2411.07404)"
 LAYERS = 4
 PLACES = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0)  # of the value: 0 the mean of both sides, 1 that of the wanted side
 RATE = 0.02  # of each coordinate of a vector of norm 1

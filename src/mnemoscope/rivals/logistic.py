@@ -7,8 +7,6 @@ import numpy as np
 from mnemoscope.interventions.sources import Labels, Sources
 from mnemoscope.statistics.probes import LayerProbe
 
-ABOUT = "weights of a probe, one layer"
-
 
 def direction(sources: Sources, labels: Labels) -> np.ndarray:
     """The weights, every layer with the same strength."""

@@ -15,7 +15,6 @@ from torch import Tensor
 from mnemoscope.interventions.methods import cad
 from mnemoscope.rivals.adacad import divergence
 
-ABOUT = "contrast only where the text says something and is unsure (arXiv 2604.16686)"
 SILENT, SURE = (0.01, 0.05, 0.2), (0.5, 0.8, 1.0)  # nats of divergence, and probability of the top token
 SETTINGS = [{"silent": silent, "sure": sure} for silent, sure in product(SILENT, SURE)]
 

@@ -1,12 +1,13 @@
-"""First principal component of the pair differences. Zou et al. (2023), "Representation engineering"."""
+"""First principal component of the pair differences.
+
+Zou et al. (2023), "Representation engineering", arXiv 2310.01405.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
 from mnemoscope.interventions.sources import Labels, Sources
-
-ABOUT = "first principal component of pair differences, one layer (arXiv 2310.01405)"
 
 
 def direction(sources: Sources, labels: Labels) -> np.ndarray:

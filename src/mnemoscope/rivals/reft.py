@@ -24,7 +24,6 @@ from mnemoscope.interventions.shifts import once
 from mnemoscope.interventions.sources import ANSWERED, PERMUTED, Labels
 from mnemoscope.models import in_precision, quick_precision
 
-ABOUT = "low-rank edit of the state (arXiv 2404.03592)"
 NULLS = (PERMUTED,)
 STRENGTHS = (0.5, 1.0)  # of the edit once it is learned
 RATES = (0.01, 0.003)

@@ -7,8 +7,6 @@ from sklearn.covariance import ledoit_wolf
 
 from mnemoscope.interventions.sources import Labels, Sources
 
-ABOUT = "linear discriminant of pair differences, one layer"
-
 
 def direction(sources: Sources, labels: Labels) -> np.ndarray:
     """The inverse of their shrunk covariance times NMD, layer by layer.

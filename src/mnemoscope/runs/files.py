@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -69,7 +68,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
     with making(path.parent):
-        _delete(temporary)  # of a killed process with the same id, or a link that somebody put there
+        delete(temporary)  # of a killed process with the same id, or a link that somebody put there
         try:
             yield temporary
             for written in (*sorted(temporary.rglob("*"), reverse=True), temporary):
@@ -77,10 +76,11 @@ def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
             os.replace(temporary, path)  # takes the place of an empty folder
             flush(path.parent)
         finally:
-            _delete(temporary)
+            delete(temporary)
 
 
-def _delete(path: Path) -> None:
+def delete(path: Path) -> None:
+    """Delete a file, or a folder with what is in it; of a link the link alone."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -90,7 +90,7 @@ def _delete(path: Path) -> None:
 def sweep(folder: Path) -> None:
     """Delete what writers that were killed left in a folder under temporary names; none may be at work there."""
     for stale in [path for path in folder.rglob(".*.tmp*") if TEMPORARY.fullmatch(path.name)]:
-        _delete(stale)
+        delete(stale)
 
 
 @contextmanager
@@ -178,8 +178,3 @@ class Seen:
 def plain(value: Any) -> Any:
     """A value as JSON has it, with None for every number that is not finite."""
     return from_json(to_json(value, inf_nan_mode="null"))
-
-
-def dumped(value: Any) -> str:
-    """One line of JSON, undefined numbers as null."""
-    return json.dumps(plain(value), allow_nan=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from mnemoscope.runs.digests import check_closed
 from mnemoscope.runs.errors import InputError, StudyError
-from mnemoscope.runs.files import check_replaceable, making
+from mnemoscope.runs.files import check_replaceable, delete, making
 
 
 @contextmanager
@@ -53,7 +52,7 @@ def _content(folder: Path, new: Path | None = None) -> dict[Path, bytes]:
 def _restore(folder: Path, before: dict[Path, bytes]) -> None:
     now = _content(folder)
     for path in sorted(set(now) - set(before), reverse=True):  # what is in a folder before it
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        delete(path)
     for path, content in before.items():
         if now.get(path, content) != content:
             path.write_bytes(content)

@@ -52,8 +52,7 @@ class LayerProbe:
 
     def decision_function(self, states_ND: ArrayLike) -> Floats:
         """Scores (N) of states (N, D): log odds of generalized."""
-        scores_N: Floats = np.asarray(states_ND, dtype=np.float64) @ self.weights_D_ + self.bias_
-        return scores_N
+        return np.asarray(states_ND, dtype=np.float64) @ self.weights_D_ + self.bias_
 
 
 def fit_layer_probes(
@@ -128,20 +127,10 @@ def share_right(scores_N: ArrayLike, labels_N: ArrayLike) -> float:
     return float(right_N.mean()) if len(right_N) else math.nan
 
 
-def shuffled(labels_N: ArrayLike, pair_ids_N: Sequence[Any] | NDArray[Any], rng: np.random.Generator) -> Labels:
-    """Labels for the shuffled baseline: both labels of a pair swap together, or stay, at random.
-
-    ValueError for another label than 0 and 1, lengths that differ, or a pair without as many 1 as 0.
-    """
-    labels = _checked_labels(labels_N)
-    if len(pair_ids_N) != len(labels):
-        raise ValueError(f"pair_ids_N: {len(pair_ids_N)} values; allowed is {len(labels)}, one for each label")
-    names, index_N = np.unique(np.asarray(pair_ids_N), return_inverse=True)
-    unbalanced = np.bincount(index_N, weights=2 * labels - 1) != 0
-    if unbalanced.any():
-        raise ValueError(f"labels_N: pair {names[unbalanced][0]} does not have as many 1 as 0")
-    swap_N = rng.integers(0, 2, size=len(names))[index_N]
-    return np.where(swap_N == 1, 1 - labels, labels)
+def shuffled(pairs: int, rng: np.random.Generator) -> Labels:
+    """Labels of pairs, 1 before 0 in each, for the shuffled baseline: both of a pair swap, or stay, at random."""
+    labels_N, swap_N = np.tile([1, 0], pairs), np.repeat(rng.integers(0, 2, size=pairs), 2)
+    return np.where(swap_N == 1, 1 - labels_N, labels_N)
 
 
 def _best(fitted: Iterable[Any], tune_inputs: Any, tune_labels_N: ArrayLike) -> Any:

@@ -199,8 +199,7 @@ def _on_cluster(address: str | None, cells: Sequence[Cell], run: Run, progress: 
             if places > 1:
                 cell = replace(cell, map=partial(mapped, places, partial(_to_cluster, cell.threads, _gpus(cell))))
             task = _task(_run_on_node, cell.threads, _gpus(cell))
-            future: Future[None] = task.remote(run, cell, news.actor, os.getcwd()).future()
-            return future
+            return task.remote(run, cell, news.actor, os.getcwd()).future()
 
         with _listening(news, progress):
             yield submit

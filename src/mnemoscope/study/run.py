@@ -27,7 +27,7 @@ from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.interventions.methods import check_method
 from mnemoscope.runs.digests import AGAIN, check_stage, facts_digest, markers_of, read_marker, write_marker
 from mnemoscope.runs.errors import InputError, StudyError
-from mnemoscope.runs.files import known_hash, sweep, write_atomically
+from mnemoscope.runs.files import delete, known_hash, sweep, write_atomically
 from mnemoscope.runs.locks import locked
 from mnemoscope.runs.processes import in_processes, settle
 from mnemoscope.runs.strict import read_text
@@ -137,8 +137,7 @@ def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers:
         settle(analysed[0].threads)
         places = min(possible_workers(cell, workers) for cell in analysed)
         with in_processes(places, analysed[0].threads) as parallel:
-            files: list[Path] = compare_stage(analysed, run, parallel, tell)
-            return files
+            return compare_stage(analysed, run, parallel, tell)
 
     hashes = "".join(marker["hash"] for cell in analysed for marker in markers_of(cell.folder).values())
     _run_stage("study", run, "compare", hashlib.sha256(hashes.encode()).hexdigest(), compared, progress)
@@ -164,7 +163,7 @@ def _run_stage(
         return
     began = time.time()
     for path in (path for pattern in (f"stages/{name}.json", *stale) for path in sorted(folder.glob(pattern))):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        delete(path)
     files = stage(partial(progress, owner, name))
     seconds = round(time.time() - began, 3)
     write_marker(folder, name, files, {"hash": wanted, "seconds": seconds, **git_state()})

@@ -117,8 +117,7 @@ def describe_tasks() -> dict[str, str]:
 
 def task_class(name: str) -> type[Task]:
     """The class of a built-in task."""
-    found: type[Task] = resolve_name(TASKS[name])
-    return found
+    return resolve_name(TASKS[name])
 
 
 def _imported(path: str) -> type[Task]:

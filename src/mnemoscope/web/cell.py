@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -28,7 +27,7 @@ from mnemoscope.bench.prompts import Prompts, bare_of
 from mnemoscope.config import load_study
 from mnemoscope.interventions import Binding, Intervention, Toward
 from mnemoscope.interventions.detect import Detector
-from mnemoscope.interventions.sources import in_turn, with_prefixes
+from mnemoscope.interventions.sources import spread_groups, with_prefixes
 from mnemoscope.models import blocks_of
 from mnemoscope.runs.digests import check_closed, check_stage, intact, is_there
 from mnemoscope.runs.errors import InputError, refusing
@@ -126,12 +125,8 @@ class OpenedCell:
 
     def pairs(self, n: int) -> list[Pair]:
         """Up to ``n`` test pairs, one of every group before a second of any."""
-        by_group = defaultdict[str, list[Pair]](list)
-        for generalized, memorized in self._records.both_sides("test", 20 * n):
-            by_group[memorized.group].append(
-                {Toward.MEMORIZED: Question.of(memorized), Toward.GENERALIZED: Question.of(generalized)}
-            )
-        return in_turn(by_group.values())[:n]
+        both = spread_groups(self._records.both_sides("test", 20 * n), lambda pair: pair[0].group)
+        return [{toward: Question.of(one) for toward, one in zip(Toward, pair, strict=True)} for pair in both[:n]]
 
     def rephrase(self, question: Question, seed: int) -> Question:
         """Another phrasing of a question of the test pairs; InputError where it is not theirs, or none was drawn."""

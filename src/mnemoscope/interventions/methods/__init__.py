@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mnemoscope.interventions.registry import about, check_method, method_module, method_names, name_of
+from mnemoscope.interventions.registry import check_method, method_module, method_names, name_of
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.toward import Toward
 
@@ -40,8 +40,7 @@ def refitted(bench: Bench, one: AnyOf, several: Sequence[Labels]) -> list[AnyOf]
     from mnemoscope.interventions import shifts
 
     again: Any = getattr(method_module(one.method), "again", shifts.again)
-    found: list[AnyOf] = again(bench, one, several)
-    return found
+    return again(bench, one, several)
 
 
 def candidates(method: str, bench: Bench, toward: str) -> Sequence[Intervention]:

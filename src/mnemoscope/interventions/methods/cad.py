@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-ABOUT = "context-aware decoding (arXiv 2305.14739)"
 SETTINGS = [{"weight": weight} for weight in (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)]
 
 

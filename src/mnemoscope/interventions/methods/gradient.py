@@ -6,8 +6,6 @@ import numpy as np
 
 from mnemoscope.interventions.sources import Labels, Sources
 
-ABOUT = "steepest ascent of the decision margin, one layer"
-
 
 def direction(sources: Sources, labels: Labels) -> np.ndarray:
     """The direction in which the decision margin rises for a given strength, a mean over examples.

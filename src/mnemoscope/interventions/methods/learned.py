@@ -21,7 +21,6 @@ from mnemoscope.interventions.sources import ANSWERED, TAUGHT, TOGETHER, Labels,
 from mnemoscope.interventions.vector import SteeringVector
 from mnemoscope.models import Site, blocks_of, in_precision, quick_precision
 
-ABOUT = "a shift that is optimized, one layer"
 NULLS = TAUGHT
 LAYERS = 3
 STRENGTHS = (0.25, 0.6, 1.2)  # of the shift, in units of each neuron's spread
@@ -43,7 +42,7 @@ def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
         parts = [grid.strengths[n : n + TOGETHER] for n in range(0, len(grid.strengths), TOGETHER)]
         places = product(grid.layer_sets(len(blocks_of(bench.asking.model))), parts)
         several += [((tried.unit, site, layers), part, grid.tops) for layers, part in places]
-    best = bench.place(toward)  # the best of what was looked at first
+    best = bench.places.get(toward)  # the best of what was looked at first
     for place, strengths, tops in several:
         if best is not None and place[1:] != best[:2]:
             continue

@@ -6,9 +6,8 @@ from mnemoscope.interventions.adapter import adapters, again
 from mnemoscope.interventions.contract import Bench, Intervention, Toward
 from mnemoscope.interventions.sources import PERMUTED
 
-ABOUT = "an adapter trained on the wanted answers"
 NULLS = (PERMUTED,)
-__all__ = ["ABOUT", "NULLS", "again", "candidates"]
+__all__ = ["NULLS", "again", "candidates"]
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:

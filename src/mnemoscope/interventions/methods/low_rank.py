@@ -26,7 +26,6 @@ from mnemoscope.interventions.sources import ANSWERED, TAUGHT, Labels, Sources
 from mnemoscope.interventions.vector import SteeringVector
 from mnemoscope.models import in_precision, quick_precision
 
-ABOUT = "low-rank shifts of every token at several blocks, taught by the model's own answers"
 NULLS = TAUGHT
 LAYERS, RANK, FACTORS = 10, 8, (0.5, 0.75, 1.0)  # blocks, and factors on what was learned
 FEW = 4  # rank where a bench tries few blocks

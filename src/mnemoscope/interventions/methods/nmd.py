@@ -18,7 +18,6 @@ from mnemoscope.interventions.sources import Labels, Sources
 from mnemoscope.interventions.vector import SteeringVector
 from mnemoscope.models import blocks_of
 
-ABOUT = "mean difference on the neurons that correlate most, all layers (arXiv 2412.18497)"
 BY_RHO = True
 TOPS = (0.005, 0.02, 0.1, 0.3)
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)

@@ -9,7 +9,6 @@ from mnemoscope.interventions.contract import Bench, Intervention, Toward
 from mnemoscope.interventions.words import Place, Words
 from mnemoscope.tasks.base import INSTRUCTIONS
 
-ABOUT = "a sentence in the prompt, the best of five in two places"
 WORDINGS: dict[Toward, tuple[str, ...]] = {
     Toward.GENERALIZED: (
         INSTRUCTIONS["generalized"],

@@ -6,7 +6,6 @@ import numpy as np
 
 from mnemoscope.interventions.sources import Labels, Sources
 
-ABOUT = "mean difference in units of each neuron's spread, one layer"
 BY_RHO = True
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -15,7 +14,7 @@ from mnemoscope.report.drawing import COLOUR, FINE, INK, MUTED, RULE, Panel, can
 from mnemoscope.report.page import Table, filled
 from mnemoscope.report.rows import Part, mean_of_known, parts_of, to_json
 from mnemoscope.report.stories.arena import MARGIN, UNSTEERED, ArenaRecords, results_of
-from mnemoscope.report.words import percent
+from mnemoscope.report.words import DASH, p_value, percent
 from mnemoscope.runs.digests import write_marker
 from mnemoscope.runs.files import write_atomically
 from mnemoscope.runs.toward import Toward
@@ -30,7 +29,6 @@ ALLOWED = {
     "adapter": "load an adapter",
     "passes": "pay two passes",
 }
-DASH = "-"
 LEAD = """A wanted answer is that of the text, or that of memory. Each method is fitted on one part of the items, its
 setting is chosen on a second, and it is judged on a third that was frozen before."""
 
@@ -51,16 +49,14 @@ def build_arena(run: Path, beside: Sequence[Path] = ()) -> Path:
         {
             "name": arena_name(one),
             "facts": facts_of(one),
-            "drawn": [Markup(svg) for svg in _drawn(one, f"arena-{number}")],
+            "drawn": _drawn(one, f"arena-{number}"),
             "sentences": [say(one, toward) for toward in Toward for say in (sentence, verdict)],
             "tables": tables_of(one),
         }
         for number, one in enumerate(found)
     ]
-    drawn = [
-        {"name": arena_name(one), "drawn": [Markup(svg) for svg in _drawn(one, f"model-{number}")]}
-        for number, one in enumerate(by_model(found))
-    ]
+    pooled = enumerate(by_model(found))
+    drawn = [{"name": arena_name(one), "drawn": _drawn(one, f"model-{number}")} for number, one in pooled]
     about = {"brand": "arena", "title": "Every lever on one test set", "lead": LEAD}
     page = filled("tables.html", **about, articles=shown, across=across_tables(found) if beside else [], models=drawn)
     return write_atomically(run / "arena.html", page.encode())
@@ -97,7 +93,7 @@ def sentence(results: Part, toward: str) -> str:
         return f"{TITLES[toward]}: no method was run."
     own, best = results.unsteered[toward], results.methods[winner][toward]
     beaten = [
-        f"{name} ({_points(test.difference)}, p = {_p(test.p_holm)})"
+        f"{name} ({_points(test.difference)}, p = {p_value(test.p_holm)})"
         for name, test in best.get("tests", {}).items()
         if not math.isnan(test.p_holm)
     ]
@@ -182,15 +178,12 @@ def _answers(results: Part, toward: str) -> Table:
         beside = " / ".join(percent(controls[one].estimate) if one in controls else DASH for one in CONTROLS)
         shares = [found[share].estimate for share in ("opposite", "neither", *LISTS)]
         said = map(_ranged, (found.exact, found.said, found.wanted))
-        rows.append([name, _fits(results, name), *said, beside, *map(_share, shares)])
+        fits = str(results.methods.get(name, {}).get("fits", DASH))
+        rows.append([name, fits, *said, beside, *map(_share, shares)])
     columns = ["method", "fits", "exact answer", "text names it first", "answer that begins so"]
     columns += [f"controls: {' / '.join(CONTROLS.values())}", "other answer", "neither"]
     columns += [f"{words} kept" for words in LISTS.values()]
     return Table(f"{TITLES[toward]}: answers", columns, rows)
-
-
-def _fits(results: Part, name: str) -> str:
-    return str(results.methods[name].fits) if name in results.methods else DASH
 
 
 def _mixes(results: Part, toward: str) -> Table:
@@ -264,15 +257,11 @@ def _tested(test: Part | None) -> str:
     if not test:
         return DASH
     words = "no worse" if test.no_worse else "not shown"
-    return f"{_points(test.exact)}, {words}; {_points(test.difference)} (p = {_p(test.p_holm)})"
+    return f"{_points(test.exact)}, {words}; {_points(test.difference)} (p = {p_value(test.p_holm)})"
 
 
 def _points(change: Estimate) -> str:
     return f"{100 * change.estimate:+.0f} points"
-
-
-def _p(value: float) -> str:
-    return DASH if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _share(value: float) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from mnemoscope.report.drawing import COLOUR, FINE, INK, MUTED, RULE, Panel, canvas, draw
 from mnemoscope.report.page import Table, filled
 from mnemoscope.report.rows import Part, parts_of
-from mnemoscope.report.words import count, percent, ranged
+from mnemoscope.report.words import count, p_value, percent, ranged
 from mnemoscope.runs.digests import intact
 from mnemoscope.runs.files import write_atomically
 from mnemoscope.runs.strict import read_json
@@ -31,7 +30,7 @@ def build_audit(run: Path, rows: pd.DataFrame) -> Path:
         "name": results.model,
         "facts": _facts(results),
         "sentences": _sentences(results),
-        "drawn": [Markup(svg) for svg in draw("audit", "Items by verdict, and the score", panels)],
+        "drawn": draw("audit", "Items by verdict, and the score", panels),
         "tables": [_items(results), *_replies(results, rows)],
     }
     about = {"brand": "audit", "title": TITLE, "lead": LEAD, "models": [], "across": []}
@@ -87,17 +86,13 @@ def _items(results: Part) -> Table:
     rows = [
         [
             *(row["item"], row.verdict, "yes" if row.right else "no", f"{row.solved} of {row.variants}"),
-            *(f"{row.recited} of {row.variants}", f"{row.sooner:+.1f}", _p(row.p_recited), _p(row.p_sooner)),
+            *(f"{row.recited} of {row.variants}", f"{row.sooner:+.1f}", p_value(row.p_recited), p_value(row.p_sooner)),
         ]
         for row in sorted(results.table, key=lambda row: -row.score)
     ]
     columns = ["item", "verdict", "original right", "variants solved", "answered as the original"]
     columns += ["spreads that the original costs less", "p of answers", "p of cost"]
     return Table("Items, the most suspicious first", columns, rows)
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _replies(results: Part, rows: pd.DataFrame) -> list[Table]:

@@ -91,7 +91,7 @@ def damage(task: Part, direction: Direction) -> str:
     text = words.listed(damaged) if damaged else "no sure damage"
     if not any(found[key].known for key in counted(direction)):
         text = f"damage {words.UNMEASURED}, for there were no such examples"
-    text = f"{words.toward(direction, task.documents).capitalize()}: {text}."
+    text = f"{words.TOWARDS[task.documents][direction].capitalize()}: {text}."
     if direction == "to_memorized" and found["novel"].sign < 0:
         text += f" New questions, which have nothing to remember, lose {_loss(found['novel'])}."
     families = [
@@ -116,11 +116,11 @@ def _collateral_panel(block: Part, direction: Direction) -> Panel:
 
 def table(task: Part) -> Table:
     """What changes that should not, under both settings."""
-    rows = []
+    rows, to = [], words.TOWARDS[task.documents]
     for direction, block in task.steering.items():
         for aim in AIMS:
             for name, change in changes(block, aim).items():
-                what = f"{words.toward(direction, task.documents).capitalize()}, set for {LISTS[aim]}: {LISTS[name]}"
+                what = f"{to[direction].capitalize()}, set for {LISTS[aim]}: {LISTS[name]}"
                 interval = points_interval(change) if change.known else ""
                 rows.append([what, points(change.estimate, sign=True), interval, f"{change.n:,}"])
     return Table("Collateral: change in accuracy, test split", ["", "change", f"95{words.NBSP}% interval", "N"], rows)

@@ -14,11 +14,11 @@ from mnemoscope.report.drawing import DASHED, INK, OTHER, TONE, Dot, Line, Panel
 from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, View, not_measured
 from mnemoscope.report.rows import Part
 from mnemoscope.report.stories.steer import other_ways
+from mnemoscope.report.stories.where import PAPERS
 from mnemoscope.report.summary import NAMES, VECTORS, of_direction
 from mnemoscope.report.words import AIMS, CONTROLS, LISTS, NBSP, Aim, Direction, changes, for_aim, percent, ranged
 
 MARKERS = dict(zip(CONTROLS, ("o", "v", "s", "^", "P", "*", "D"), strict=True))
-PAPERS = "nmd"  # the paper's own method
 
 
 def chapter(view: View) -> Chapter:
@@ -26,7 +26,7 @@ def chapter(view: View) -> Chapter:
     task, steering = view.task, view.task.steering
     if not any(block[aim].shift.known for block in steering.values() for aim in AIMS):
         return Chapter(answer(task))
-    pushes = [_push_sentence(task.logit[d], words.toward(d, task.documents)) for d in steering]
+    pushes = [_push_sentence(task.logit[d], words.TOWARDS[task.documents][d]) for d in steering]
     anchors: dict[Aim, str] = {"pairs": "methods", "conflict": "methods-conflict"}
     by_aim = {aim: (anchor, [_methods_panel(task, d, aim) for d in steering]) for aim, anchor in anchors.items()}
     shown, folded = by_aim.pop(task.aim), by_aim.popitem()[1]

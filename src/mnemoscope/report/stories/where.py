@@ -14,7 +14,7 @@ from mnemoscope.report.drawing import DASHED, INK, MUTED, OTHER, TONE, Line, Pan
 from mnemoscope.report.page import Answer, Chapter, Exhibit, View, not_measured
 from mnemoscope.report.records import Cell
 from mnemoscope.report.rows import Part, parts_of, scalar, shares
-from mnemoscope.report.words import AIMS, DIRECTIONS, Aim, Direction, argmax, percent, toward
+from mnemoscope.report.words import AIMS, DIRECTIONS, TOWARDS, Aim, Direction, argmax, percent
 from mnemoscope.statistics import Estimate, mean, over_seeds, proportion
 
 PAPERS = "nmd"  # the paper's own method
@@ -140,7 +140,7 @@ def single_layers(sweep: Sequence[dict[str, Any]], direction: Direction, aim: Ai
 
 def chapter(view: View) -> Chapter:
     """Layers, needed neurons; the sweep is folded."""
-    task, by_layer = view.task, view.task.by_layer
+    task, by_layer, to = view.task, view.task.by_layer, TOWARDS[view.task.documents]
     if argmax(by_layer.max_abs_rho) is None:
         return Chapter(answer(task))
     differs = {"strongest |rho|": by_layer.max_abs_rho, "mean |NMD|": by_layer.mean_abs_nmd}
@@ -148,7 +148,7 @@ def chapter(view: View) -> Chapter:
     acts = [d for d in DIRECTIONS if by_layer.shift[d].methods or task.patch.get(d, {}).get("block")]
     panels += [_acts_panel(task, direction) for direction in acts]
     held = {d: task.ablation.get(block.chosen.method, {}).get(d) for d, block in task.steering.items()}
-    texts = [_needed(found, toward(direction, task.documents)) for direction, found in held.items() if found]
+    texts = [_needed(found, to[direction]) for direction, found in held.items() if found]
     ablated = [_ablation_panel(found, direction) for direction, found in held.items() if found]
     return Chapter(answer(task), [Exhibit("depth", panels), Exhibit("ablation", ablated, texts)])
 
@@ -168,7 +168,7 @@ def answer(task: Part) -> Answer:
         return Answer("where", question, "In several layers together", sentence="No single layer was tried.")
     found, what = [], "pairs" if task.aim == "pairs" else "conflicts"
     for d, row in best.items():
-        how = f"{toward(d, task.documents)} by layer {row.layers} alone ({row.method}, strength {row.strength:g})"
+        how = f"{TOWARDS[task.documents][d]} by layer {row.layers} alone ({row.method}, strength {row.strength:g})"
         found.append((percent(row.shift.estimate), f"of tune {what} are steered {how}."))
     layers = {row.layers for row in best.values()}
     verdict = f"Most in layer {layers.pop()}" if len(layers) == 1 else "In another layer for each direction"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -166,14 +166,10 @@ def artefact_facts(cell: Cell, asking: Asking) -> dict[str, Any]:
     return facts | {"commit": git_state()["commit"] or ""}
 
 
-def read_best(cell: Cell) -> list[Intervention]:
-    """What was best on the tune split for the study's aim, one a direction; of fits the best vectors."""
-    return [load_intervention(path) for path in best_paths(cell.folder).values()]
-
-
-def read_all(cell: Cell) -> list[Intervention]:
-    """Those that were chosen of every method, in both directions."""
-    return [load_intervention(path) for path in chosen_paths(cell.folder).values()]
+def read_interventions(cell: Cell, methods: Literal["all", "best"] = "best") -> list[Intervention]:
+    """What was best on tune for the study's aim, one a direction, of fits the best vectors; or that of all methods."""
+    paths = best_paths if methods == "best" else chosen_paths
+    return [load_intervention(path) for path in paths(cell.folder).values()]
 
 
 def write_table(path: Path, table: pd.DataFrame) -> Path:

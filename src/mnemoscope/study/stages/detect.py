@@ -47,7 +47,7 @@ def detection_stage(cell: Cell, tell: Tell) -> list[Path]:
         tell(done, 4, f"reading {split} prompts")
         parts[split] = _prompts(cell, asking, records, split)
     # The last block whose output precedes all shifts of the best vectors; -1: none.
-    shifting = [one for one in common.read_best(cell) if isinstance(one, SteeringVector) and one.layers]
+    shifting = [one for one in common.read_interventions(cell) if isinstance(one, SteeringVector) and one.layers]
     below = min((vector.layers[0] - (vector.site != "block") for vector in shifting), default=-1)
     try:
         found = fit_detectors(parts["fit"].observed(), parts["tune"].observed(), cell.config.pairs.site, below)

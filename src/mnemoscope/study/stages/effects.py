@@ -39,7 +39,7 @@ Part = tuple[Callable[..., Iterator[pd.DataFrame]], tuple[SteeringVector, ...]] 
 def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Measure dose-response, necessity, upper bounds by patching, and prompts that ask for the behaviour."""
     config = cell.config.effects
-    chosen = common.read_best(cell) if config.methods == "best" else common.read_all(cell)
+    chosen = common.read_interventions(cell, config.methods)
     vectors = [one for one in chosen if isinstance(one, SteeringVector) and one.layers]
     parts: list[Part] = [(effect, (one,)) for effect in (_doses, _ablations) for one in vectors]
     parts += [(_patches, ())] if config.patched else []
@@ -193,7 +193,7 @@ def neutral_stage(cell: Cell, tell: Tell) -> list[Path]:
     config = cell.config.neutral
     if not config.cuts:
         return []
-    best = [one for one in common.read_best(cell) if isinstance(one, SteeringVector)]
+    best = [one for one in common.read_interventions(cell) if isinstance(one, SteeringVector)]
     parts = [(one, dose) for one in best for dose in config.doses]
     rows = list[pd.DataFrame]()
     for done, table in enumerate(cell.map(_Neutral(cell), parts)):
@@ -235,7 +235,7 @@ def samples_stage(cell: Cell, tell: Tell) -> list[Path]:
     config = cell.config.samples
     if not config.prompts:
         return []
-    bench, best, tables = RecordedBench.of(cell, common.cell_model(cell)), common.read_best(cell), []
+    bench, best, tables = RecordedBench.of(cell, common.cell_model(cell)), common.read_interventions(cell), []
     for done, one in enumerate(best):
         direction = one.toward.direction
         tell(done, len(best), f"{direction}: writing on")

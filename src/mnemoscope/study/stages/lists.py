@@ -81,7 +81,6 @@ class RecordedBench(Bench):
     cell: Cell
     records: Records
     prepared: dict[tuple[Toward, bool], Lists] = field(default_factory=dict)  # whose cached prefixes need memory
-    places: dict[Toward, tuple[Site, tuple[int, ...], float]] = field(default_factory=dict)
     exchanged: bool = False
 
     @classmethod
@@ -115,10 +114,6 @@ class RecordedBench(Bench):
     def pairs(self) -> list[tuple[Example, Example]]:
         """Fit pairs."""
         return self.records.both_sides("fit", self.cell.config.steering.fit_pairs)
-
-    def place(self, toward: Toward) -> tuple[Site, tuple[int, ...], float] | None:
-        """Where and how strongly a shift is learned, once other methods were looked at (``screened``)."""
-        return self.places.get(toward)
 
     def _read(self, site: Site) -> Sources:
         return read_sources(site, self.pairs, self.asking, lambda: self.lists, kept_states(self.cell))

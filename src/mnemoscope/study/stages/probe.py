@@ -160,11 +160,10 @@ def uncertainty_scores(uncertainty: Mapping[Split, np.ndarray], labels: Mapping[
 
 def _shuffled_rows(cell: Cell, probes: Sequence[LayerProbe], states: BySplit, parts: Parts) -> list[pd.DataFrame]:
     """Rows of probes of shuffled labels, several as the accuracy of one varies widely around one half."""
-    fit, rng = parts["fit"], rng_of(cell, "shuffle")
-    pair_N = np.repeat(np.arange(len(fit) // 2), 2)
+    rng = rng_of(cell, "shuffle")
     rows: list[pd.DataFrame] = []
     for draw in range(SHUFFLES):
-        labels_N = shuffled(_labels(fit), pair_N, rng)
+        labels_N = shuffled(len(parts["fit"]) // 2, rng)
         fit_LND = states["fit"].swapaxes(0, 1)
         blind = [LayerProbe(p.regularization).fit(s_ND, labels_N) for p, s_ND in zip(probes, fit_LND, strict=True)]
         found = _state_rows(blind, states["test"], parts["test"], 0, "shuffled")

@@ -188,7 +188,7 @@ def _chosen(opened: SteeredCell, rated: Mapping[Key, list[Rated]]) -> list[Chose
         firsts = [found[0] for found in of_methods]
         if config.screened:
             again = [t.rated for found in of_methods for t in found[:FINALISTS] if isinstance(t.one, SteeringVector)]
-            (found,) = opened.map(_ranked, [(toward, again, True)])
+            found = _ranked(opened, toward, again, True)
             by_method = dict[str, Tuned]()
             for tuned in [*found, *firsts]:  # the first of each counts
                 by_method.setdefault(tuned.one.method, tuned)
@@ -196,7 +196,8 @@ def _chosen(opened: SteeredCell, rated: Mapping[Key, list[Rated]]) -> list[Chose
             others = [tuned for tuned in firsts if not isinstance(tuned.one, SteeringVector)]
             levers[toward] = in_order([*found, *others])[0]
         else:
-            (finals[toward],) = opened.map(_confirmed, [(toward, in_order(firsts))])
+            rule, seed = _rule(opened, True), [opened.cell.seed, 1]
+            finals[toward] = confirmed(opened.bench, opened.bench.choosing(toward), in_order(firsts), rule, seed)
             levers[toward] = finals[toward][0]
     return [
         Chosen(config.aim, tuned.one, tuned.within, tuned is finals[toward][0], tuned is levers[toward])
@@ -209,12 +210,6 @@ def _ranked(opened: SteeredCell, toward: Toward, some: Sequence[Rated], with_con
     """Settings in order, by the rule of the study."""
     bench = opened.bench
     return choose(bench, bench.choosing(toward), some, _rule(opened, with_controls), [opened.cell.seed, 1])
-
-
-def _confirmed(opened: SteeredCell, toward: Toward, found: Sequence[Tuned]) -> list[Tuned]:
-    """The best settings of all methods in order, with controls that were drawn again."""
-    bench = opened.bench
-    return confirmed(bench, bench.choosing(toward), found, _rule(opened, True), [opened.cell.seed, 1])
 
 
 def _rule(opened: SteeredCell, with_controls: bool) -> Rule:
