@@ -274,7 +274,7 @@ def fit(asked_for: argparse.Namespace, asking: Asking, facts: Facts) -> dict[str
     several = labelled(asking, Form(), texts, Pool([text.document for text in texts]), asked_for.seed)
     held = [one for one in several if relation_of[one.text.group] in asked_for.held_out]
     rest = [one for one in several if relation_of[one.text.group] not in asked_for.held_out]
-    reader = fitted_reader(asking, Form(), rest, asked_for.seed)
+    reader, _ = fitted_reader(asking, Form(), rest, asked_for.seed)
     reader.save(asked_for.out / "reader.safetensors")
     fitted_on = [fact for fact in drawn if fact[0] not in asked_for.held_out]
     probes = {"the input": by_input(asking, rest), "attriwiki": attriwiki(asking, facts, fitted_on, reader.layers[0])}

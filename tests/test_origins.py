@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -25,7 +26,7 @@ from mnemoscope.auditing.origins import (
     read_texts,
 )
 from mnemoscope.auditing.origins.fitting import LEAST, fit_reader, varied
-from mnemoscope.auditing.origins.labels import NEEDED, UNSURE, encoded
+from mnemoscope.auditing.origins.labels import NEEDED, ORIGINS, UNSURE, encoded
 from mnemoscope.auditing.origins.reader import Asked
 from mnemoscope.auditing.origins.spans import mentions, spans_of, swapped
 from mnemoscope.behaviour import Asking, next_tokens, read_behind
@@ -34,6 +35,7 @@ from mnemoscope.cli import app
 from mnemoscope.config import ModelConfig
 from mnemoscope.face.rewriting import rewritten
 from mnemoscope.models import build_gpt2, word_tokenizer
+from mnemoscope.report.stories.origins import build_reader
 from mnemoscope.runs.errors import InputError
 
 SAID = "the museum stands in people met near castle is and was built there yesterday . , of"
@@ -241,7 +243,7 @@ def planted(asking: Asking, n: int) -> list[Labelled]:
 
 def test_a_reader_learns_what_is_to_be_read_and_is_calibrated(asking: Asking, tmp_path: Path) -> None:
     every = planted(asking, 60)
-    reader = fitted_reader(asking, FORM, every[:40])
+    reader, judged = fitted_reader(asking, FORM, every[:40])
     hits, sure = [], []
     for one in every[40:]:
         (found,) = reader.read(asking, [reader.asks(one.text)])
@@ -249,6 +251,14 @@ def test_a_reader_learns_what_is_to_be_read_and_is_calibrated(asking: Asking, tm
             hits.append(part.p_3.argmax() == label)
             sure.append(part.p_3.max())
     assert np.mean(hits) > 0.9
+    assert len(judged) == sum(len(one.spans) for one in every[:40])
+    assert {one.row()["group"] for one in judged} == {one.text.group for one in every[:40]}
+    assert np.mean([ORIGINS[one.p_3.argmax()] == one.label for one in judged]) > 0.9
+    wrong = judged[0]._replace(label="memory", p_3=np.array([0.2, 0.1, 0.7]))
+    page = build_reader(tmp_path, "tiny <model>", pd.DataFrame([one.row() for one in (wrong, *judged)])).read_text()
+    assert f"[{wrong.span.of(wrong.text.answer)}]" in page
+    assert "tiny &lt;model&gt;" in page
+    assert "Where it is wrong, the surest first" in page
     assert abs(np.mean(hits) - np.mean(sure)) < 0.15
     reader.save(tmp_path / "reader.safetensors")
     again = ms.Fitted.open(tmp_path, asking.model, asking.tokenizer).reader
@@ -349,7 +359,7 @@ def test_the_command_prints_the_answer_and_its_shares(asking: Asking, tmp_path: 
     asking.model.save_pretrained(tmp_path / "model")
     asking.tokenizer.save_pretrained(tmp_path / "model")
     model, tokenizer = ms.load_model(tmp_path / "model")
-    reader = fitted_reader(Asking(model, tokenizer, None, 4), FORM, planted(asking, 30))
+    reader, _ = fitted_reader(Asking(model, tokenizer, None, 4), FORM, planted(asking, 30))
     reader.save(tmp_path / "run" / "reader.safetensors")
     document = tmp_path / "document.txt"
     document.write_text("the museum stands in Paris .")

@@ -34,16 +34,21 @@ def fit_reader(
     tokens: Annotated[int, typer.Option(min=1, help="Of an answer that the model writes, at most.")] = 24,
 ) -> None:
     """Fit a reader of answers on questions about documents. No labels are needed: swaps in the documents make them."""
+    import pandas as pd
+
     from mnemoscope.auditing.origins import Form, fit_reader, read_texts
     from mnemoscope.behaviour import Asking
+    from mnemoscope.report.stories.origins import build_reader
 
     asked, found = Form(form, bare), read_texts(texts)
     opened, tokenizer = open_model(model, how)
-    reader = fit_reader(Asking(opened, tokenizer, None, 16, formatted(how)), asked, found, seed, tokens)
+    reader, judged = fit_reader(Asking(opened, tokenizer, None, 16, formatted(how)), asked, found, seed, tokens)
     out.mkdir(parents=True, exist_ok=True)
     path = reader.save(out / "reader.safetensors")[0]
     told = ", ".join(f"{number:g} {name}" for name, number in reader.figures.items() if name != "loss")
-    say(how.as_json, f"{told} names and numbers, blocks {reader.layers}\n{path}", reader=path, figures=reader.figures)
+    page = build_reader(out, model, pd.DataFrame([one.row() for one in judged]))
+    facts = {"reader": path, "page": page, "figures": reader.figures}
+    say(how.as_json, f"{told} names and numbers, blocks {reader.layers}\n{path}\n{page}", **facts)
 
 
 @app.command()

@@ -5,15 +5,15 @@ Shapes: N tokens, L layers, F features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mnemoscope.auditing.origins.labels import ORIGINS, UNSURE, Labelled, labelled
 from mnemoscope.auditing.origins.reader import Reader, features, pairs
-from mnemoscope.auditing.origins.spans import Pool, mentions, spans_of, swapped
+from mnemoscope.auditing.origins.spans import Pool, Span, mentions, spans_of, swapped
 from mnemoscope.auditing.origins.texts import Form, Text, answered, asked
 from mnemoscope.behaviour import Asking, read_behind
 from mnemoscope.interventions import Binding
@@ -31,7 +31,7 @@ FOLDS, LEAST = 5, 20  # of groups, each left out once; spans of each origin that
 @dataclass(frozen=True)
 class Tokens:
     """Tokens of labelled answers: states before and at each by layer, float32 (N, L, 2, D), log probability and entropy
-    (N, 2), labels, weights, and the group of each; those that are ``UNSURE`` are left out.
+    (N, 2), labels, weights, the group of each, its text and place there (N, 2); ``UNSURE`` ones are left out.
     """
 
     states_NL2D: np.ndarray
@@ -39,6 +39,7 @@ class Tokens:
     label_N: np.ndarray
     weight_N: np.ndarray
     group_N: np.ndarray
+    place_N2: np.ndarray
 
     @classmethod
     def of(cls, asking: Asking, form: Form, several: Sequence[Labelled], layers: Sequence[int]) -> Tokens:
@@ -50,7 +51,8 @@ class Tokens:
         groups = [one.text.group or one.text.document for one in several]
         group_N = np.repeat(np.unique(groups, return_inverse=True)[1], [len(one.ids) for one in several])
         parts = np.concatenate(states), np.concatenate(sure), label_N, np.where(np.concatenate(inside), 1.0, BESIDE)
-        return cls(*(part[label_N != UNSURE] for part in (*parts, group_N)))
+        place_N2 = np.array([(n, place) for n, one in enumerate(several) for place in range(len(one.ids))])
+        return cls(*(part[label_N != UNSURE] for part in (*parts, group_N, place_N2)))
 
     def features(self, places: Sequence[int]) -> np.ndarray:
         """Of some layers, float32 (N, F)."""
@@ -90,8 +92,26 @@ def varied(texts: Sequence[Text], pool: Pool, seed: int) -> list[Text]:
     return found
 
 
-def fit_reader(asking: Asking, form: Form, texts: Sequence[Text], seed: int = 0, tokens: int = 24) -> Reader:
-    """Fit a reader on a model's own answers to questions about documents, and on given ones.
+class Judged(NamedTuple):
+    """A name or number with its label and what probes say of it, (3,), that were fitted without its group."""
+
+    text: Text
+    span: Span
+    label: str
+    p_3: np.ndarray
+
+    def row(self) -> dict[str, Any]:
+        """As ``report.stories.origins`` shows it."""
+        text, p_3 = self.text, {f"p_{name}": p for name, p in zip(ORIGINS, self.p_3.tolist(), strict=True)}
+        facts: dict[str, Any] = {"question": text.question, "document": text.document, "answer": text.answer}
+        facts |= {"start": self.span.start, "end": self.span.end, "group": text.group or text.document}
+        return facts | {"label": self.label, "verdict": ORIGINS[int(self.p_3.argmax())], **p_3}
+
+
+def fit_reader(
+    asking: Asking, form: Form, texts: Sequence[Text], seed: int = 0, tokens: int = 24
+) -> tuple[Reader, list[Judged]]:
+    """Fit a reader on a model's own answers to questions about documents, and on given ones; see ``fitted_reader``.
 
     Raises:
         InputError: too few spans of an origin are found.
@@ -104,8 +124,13 @@ def fit_reader(asking: Asking, form: Form, texts: Sequence[Text], seed: int = 0,
     return fitted_reader(asking, form, several, seed)
 
 
-def fitted_reader(asking: Asking, form: Form, several: Sequence[Labelled], seed: int = 0) -> Reader:
-    """Fit on labelled answers; blocks, penalty and calibration are those that do best on groups that were left out."""
+def fitted_reader(
+    asking: Asking, form: Form, several: Sequence[Labelled], seed: int = 0
+) -> tuple[Reader, list[Judged]]:
+    """Fit on labelled answers; blocks, penalty and calibration are those that do best on groups that were left out.
+
+    Returns the reader, and what it says of each name and number where it was fitted without its group.
+    """
     counts = np.bincount(np.concatenate([one.label_S for one in several]) + 1, minlength=4)[1:]
     if short := [f"{n} from {name}" for n, name in zip(counts, ORIGINS, strict=True) if n < LEAST]:
         raise InputError(f"texts: {', '.join(short)} of {counts.sum()} names and numbers; {LEAST} of each are needed")
@@ -120,22 +145,33 @@ def fitted_reader(asking: Asking, form: Form, several: Sequence[Labelled], seed:
     figures = {"loss": best.loss, **{name: float(n) for name, n in zip(ORIGINS, counts, strict=True)}}
     made: dict[str, Any] = {"whole_form": form.form, "bare_form": form.bare, "figures": figures, "binding": binding}
     read = [layers[place] for place in best.places]
-    return Reader(read, best.weights_3F, best.bias_3, *like, prompting=asking.prompting, **made)
+    reader = Reader(read, best.weights_3F, best.bias_3, *like, prompting=asking.prompting, **made)
+    return reader, list(_judged(several, dict(zip(map(tuple, tokens.place_N2.tolist()), best.left_N3, strict=True))))
+
+
+def _judged(several: Sequence[Labelled], p_of: Mapping[tuple[int, int], np.ndarray]) -> Iterator[Judged]:
+    """Of each labelled span, by text and place of its tokens."""
+    for n, one in enumerate(several):
+        for span, label in zip(one.spans, one.label_S, strict=True):
+            read = [p_of[n, place] for place in one.tokens_of(span) if (n, place) in p_of]
+            if label != UNSURE and read:
+                yield Judged(one.text, span, ORIGINS[label], np.mean(read, axis=0))
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """A calibrated probe of some layers, and its log loss on groups that were left out, nats a token."""
+    """A calibrated probe of some layers; on groups that were left out its log loss, nats a token, and probabilities."""
 
     places: list[int]
     loss: float
     weights_3F: np.ndarray
     bias_3: np.ndarray
+    left_N3: np.ndarray
 
     @classmethod
     def of(cls, tokens: Tokens, places: list[int], strength: float, seed: int) -> _Fit:
         from scipy.optimize import minimize_scalar
-        from scipy.special import log_softmax
+        from scipy.special import log_softmax, softmax
 
         x_NF, label_N, weight_N = tokens.features(places), tokens.label_N, tokens.weight_N
         fold_N, left_N3 = tokens.folds(seed), np.zeros((len(label_N), len(ORIGINS)))
@@ -151,7 +187,7 @@ class _Fit:
         best = minimize_scalar(loss, bounds=(-3.0, 2.0), method="bounded")
         weights_3F, bias_3 = _probe(x_NF, label_N, weight_N, strength)
         factor = float(np.exp(best.x))
-        return cls(places, float(best.fun), factor * weights_3F, factor * bias_3)
+        return cls(places, float(best.fun), factor * weights_3F, factor * bias_3, softmax(factor * left_N3, axis=1))
 
 
 def _probe(
