@@ -123,7 +123,9 @@ def _mixed(server: Served) -> Iterator[Proof]:
     settings.append({**server.ways[0], "alpha": 0.0})
     requests = [server.request(ids, some) for ids in server.prompts for some in settings]
     plain = [request for request in requests if not request.settings]
-    yield server.compared("unsteered = transformers'", plain, server.ask(plain))
+    unsteered = server.compared("unsteered = transformers'", plain, server.ask(plain))
+    yield unsteered
+    server.measure(unsteered.difference)
     answers = list(zip(requests, server.ask(requests), strict=True))
     steered, beside = ([one for one in answers if bool(one[0].settings) == wanted] for wanted in (True, False))
     yield server.compared("steered = transformers'", *zip(*steered, strict=True))
