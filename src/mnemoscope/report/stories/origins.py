@@ -68,14 +68,15 @@ def _confusion(rows: pd.DataFrame) -> Table:
 def _texts(rows: pd.DataFrame, right: bool) -> Table:
     """Some of either, of each origin alike, the surest first."""
     part = rows[rows["right"] == right].assign(sure=rows[P].max(axis=1))
-    part = part.sort_values("sure", ascending=False).groupby("label", sort=False).head(MOST // len(COLOURS))
+    part = part.sort_values("sure", ascending=False).drop_duplicates(["group", "label"])
+    part = part.groupby("label", sort=False).head(MOST // len(COLOURS))
     lines = []
     for row in part.to_dict("records"):
         answer, start, end = row["answer"], row["start"], row["end"]
         named = f"{answer[:start]}[{answer[start:end]}]{answer[end:]}".strip()
-        facts = [row["document"][:SHOWN], row["label"], row["verdict"], percent(row["sure"])]
-        lines.append([named, row["question"], *facts])
-    columns = ["answer", "question", "document", "comes from", "read as", "sure by"]
+        facts = [row["label"], row["verdict"], percent(row["sure"]), row["question"], row["document"][:SHOWN]]
+        lines.append([named, *facts])
+    columns = ["answer", "comes from", "read as", "sure by", "question", "document"]
     return Table(f"Where it is {'right' if right else 'wrong'}, the surest first", columns, lines)
 
 
