@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -133,7 +134,7 @@ class Offered:
         levers = {f"{toward}/{name}": one for toward, named in self.levers.items() for name, one in named.items()}
         return {**levers, **self.detectors, **({"reader": self.reader} if self.reader else {})}
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of all tensors, and of where they act."""
         digest = hashlib.sha256()
