@@ -18,7 +18,7 @@ import numpy as np
 from mnemoscope.interventions import Binding, Toward
 from mnemoscope.models import load_model
 from mnemoscope.runs.errors import InputError
-from mnemoscope.serving import http
+from mnemoscope.serving import http, metrics
 from mnemoscope.serving.admission import (
     ADMITTED,
     COPIES,
@@ -207,6 +207,7 @@ def _admitted(process: Callable[..., Any], self: Any, *args: Any, **kwargs: Any)
             if admitted.adapted:
                 request.lora_request = adapter_of(offered, admitted)
     except InputError as error:
+        metrics.count_refused()
         raise http.refusal(error) from None
     return request
 
