@@ -190,6 +190,7 @@ def test_a_control_vector_comes_back_with_its_card_and_one_of_others_says_that_n
         (theirs("b.gguf", "controlvector", 99, shift_D), "layer"),
         (theirs("c.gguf", "controlvector", 1, shift_D[:8]), "8"),
         (theirs("d.gguf", "controlvector", 1, shift_D * float("nan")), "not finite"),
+        (theirs("f.gguf", "controlvector", 1, shift_D.to(torch.int8)), "is quantized or of whole numbers"),
     ):
         with pytest.raises(InputError, match=told):
             from_gguf(wrong, "context", model, tokenizer)

@@ -107,7 +107,7 @@ class SteeringConfig(Frozen):
     """Which vectors are tried on the tune split and judged on the test split."""
 
     methods: tuple[Name, ...] = Field(  # or paths of modules
-        ("nmd", "gradient", "learned"), min_length=1, description="tried, all alike: names of `mnemoscope methods`"
+        ("nmd", "gradient", "learned"), min_length=1, description="tried, all alike: names of modules of methods"
     )
     grids: dict[SiteName, GridConfig] = Field(
         {"block": GridConfig()}, min_length=1, description="what is tried, by site"

@@ -152,7 +152,7 @@ class Offered:
 
         A gate of what acts on every token decides in a pass beforehand, where all are as they were.
         """
-        order = ("lower", "detector") if setting == "gate" and not apart(lever) else ("detector", "lower")
+        order = ("lower", "detector") if setting == "gate" and not gated_beforehand(lever) else ("detector", "lower")
         there = [name for name in order if name in self.detectors]
         if isinstance(lever, SteeringVector) and not lever.everywhere:
             gates = {name: self.detectors[name].gate(lever.toward, 0.5) for name in there}
@@ -249,7 +249,7 @@ def _reading(read: Any, asked: Mapping[str, Any]) -> bool | Literal["tokens"]:
     return "tokens"
 
 
-def apart(lever: Intervention | None) -> bool:
+def gated_beforehand(lever: Intervention | None) -> bool:
     """Whether a gate of a lever decides in a pass of its own."""
     return lever is not None and lever.everywhere
 
@@ -298,7 +298,7 @@ def admit(
         raise InputError(f"document: {asked.document[:60] if asked.document else ''!r} is not in the prompt")
     given = asdict(asked) | {"lever": lever.lever if lever else None} if asked.alpha else {"read": asked.read}
     start = None
-    if asked.gate is not None and apart(lever) and not deciding:
+    if asked.gate is not None and gated_beforehand(lever) and not deciding:
         raise InputError(f"gate: {BEFOREHAND}")
     if isinstance(lever, SteeringVector) and asked.alpha and not deciding:
         start = 0 if lever.everywhere else length - 1

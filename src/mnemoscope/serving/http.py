@@ -18,7 +18,7 @@ from mnemoscope.serving.admission import (
     PASSES,
     TOKENS,
     Offered,
-    apart,
+    gated_beforehand,
     other_word,
     parse,
     refuse_unoffered,
@@ -210,7 +210,7 @@ def _generated(
     """The outputs for a prompt, whose report is kept for its choices where it is of an HTTP request."""
     (offered,), given = _here, getattr(sampling_params, "extra_args", None) or {}
     asked = parse(given) if offered and given.get("gate") is not None else None
-    if offered and asked and apart(offered.serving(asked)[0]):
+    if offered and asked and gated_beforehand(offered.serving(asked)[0]):
         generate = partial(_decided, generate)
     reports, results = _reports.get(), generate(self, prompt, sampling_params, *args, **kwargs)
     if reports is None:

@@ -6,7 +6,7 @@ Shapes: D neurons, K rank, I inputs and O outputs of a module, H heads.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,8 @@ def to_gguf(lever: Intervention, path: Path | str, model_type: str, config: Any 
 
     def write(temporary: Path) -> None:
         if isinstance(lever, Adapter):
-            writer = gguf.GGUFWriter(temporary, getattr(gguf.MODEL_ARCH, ARCHITECTURES[model_type]).name.lower())
+            kind = getattr(gguf.MODEL_ARCH, ARCHITECTURES[model_type])
+            writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[kind])
             writer.add_string("general.type", "adapter")
             writer.add_string("adapter.type", "lora")
             tensors = dict(_adapter_tensors(lever, model_type, config, gguf))
@@ -123,8 +124,10 @@ def from_gguf(
         fields = {name: field.contents() for name, field in reader.fields.items()}
         if fields.get("general.architecture") != "controlvector":
             raise ValueError(f"its architecture is {fields.get('general.architecture')!r}")
-        read: Callable[[Any], Tensor] = lambda tensor: torch.from_numpy(tensor.data.astype("float32").copy())  # noqa: E731
-        edits = {int(one.name.removeprefix("direction.")): read(one) for one in reader.tensors}
+        if whole := [one.name for one in reader.tensors if one.data.dtype.kind != "f"]:
+            raise ValueError(f"{whole[0]} is quantized or of whole numbers")
+        shifts = {one.name.removeprefix("direction."): one.data.astype("float32") for one in reader.tensors}
+        edits = {int(layer): torch.from_numpy(shift_D) for layer, shift_D in shifts.items()}
         told = json.loads(fields.get(f"{OURS}.facts", "{}"))
     found = Binding.of(model, tokenizer)
     if told.get("binding"):

@@ -24,7 +24,7 @@ from mnemoscope.interventions.detect import Reading
 from mnemoscope.runs.digests import intact, is_there, rewriting
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.locks import locked
-from mnemoscope.serving.admission import TOKENS, apart
+from mnemoscope.serving.admission import TOKENS, gated_beforehand
 from mnemoscope.serving.served import ANSWERED, Ask, Proof, Request, Served, fresh_salt, largest, way_of
 
 log = logging.getLogger("mnemoscope")
@@ -269,7 +269,9 @@ def _gated(server: Served) -> Proof:
 def gates_of(server: Served) -> list[str | None]:
     """The detector that gates each of a server's levers."""
     levers = [server.lever(way_of(way)) for way in server.ways]
-    return [server.offered.below(one, "gate") if server.decides or not apart(one) else None for one in levers]
+    return [
+        server.offered.below(one, "gate") if server.decides or not gated_beforehand(one) else None for one in levers
+    ]
 
 
 def _threshold(reading: Reading, toward: Toward) -> float:

@@ -25,7 +25,7 @@ from mnemoscope.interventions import Intervention, Toward
 from mnemoscope.interventions.detect import Reading
 from mnemoscope.models import cache_of, context_length, pass_inputs, with_last_logits
 from mnemoscope.runs.errors import InputError
-from mnemoscope.serving.admission import BEFOREHAND, Offered, apart
+from mnemoscope.serving.admission import BEFOREHAND, Offered, gated_beforehand
 
 BATCH = 8  # requests in a pass
 ANSWERED = 12  # tokens of an answer
@@ -176,7 +176,7 @@ class Served:
         steered = next((one for way, one in both if one.status != 200 and way in self.ways), answers[0])
         if steered.status != 200 or not self.ways:
             raise InputError(f"server: refuses to steer ({steered.status}: {steered.message})")
-        everywhere = [way for way in self.ways if apart(self.lever(way_of(way)))]
+        everywhere = [way for way in self.ways if gated_beforehand(self.lever(way_of(way)))]
         gated = self.ask([self.request(self.prompts[0], {**way, "gate": 0.5}, 1) for way in everywhere])
         self.decides = not any(BEFOREHAND in one.message for one in gated)
         if not steered.report and wrong.status == 200:

@@ -87,10 +87,10 @@ class Writing:
             before_SLD = np.stack([one.state_LD for _, one in told])
             sure_S2 = np.stack([logp_S, [one.entropy for _, one in told]], axis=1)
             x_SF = features(np.stack([before_SLD, states_SLD[places]], axis=2), sure_S2)
-            both = [self.reader.p_of(x_SF, document) for document in (False, True)]
-            for s, ((_, one), unlike) in enumerate(zip(told, self.reader.unlike(before_SLD[:, 0]), strict=True)):
-                named = zip(ORIGINS, both[one.document][s].tolist(), strict=True)
-                one.fresh.append({**dict(named), "unlike": bool(unlike)})
+            p_S3 = self.reader.p_of(x_SF, np.array([one.document for _, one in told]))
+            unlike_S = self.reader.unlike(before_SLD[:, 0]).tolist()
+            for (_, one), p_3, unlike in zip(told, p_S3.tolist(), unlike_S, strict=True):
+                one.fresh.append({**dict(zip(ORIGINS, p_3, strict=True)), "unlike": unlike})
         for (one, _), state_LD in zip(self.read, states_SLD, strict=True):
             one.state_LD, one.seen = state_LD, one.seen + 1
 

@@ -173,11 +173,10 @@ class Reader(Artefact):
             what = f"{len(self.mean_D)} neurons of block {max(self.layers)}"
             raise InputError(f"reader: it reads {what}, this model has {layers} blocks of {width}")
 
-    def p_of(self, x_TF: np.ndarray, document: bool) -> np.ndarray:
-        """Probabilities of ``ORIGINS``, float64 (T, 3). Without a document nothing comes from one."""
+    def p_of(self, x_TF: np.ndarray, document: bool | np.ndarray) -> np.ndarray:
+        """Probabilities of ``ORIGINS``, float64 (T, 3). Nothing comes from a document where there is none."""
         logits_T3 = x_TF.astype(np.float64) @ self.weights_3F.T + self.bias_3
-        if not document:
-            logits_T3[:, 0] = -np.inf
+        logits_T3[~np.broadcast_to(document, len(x_TF)), 0] = -np.inf
         p_T3 = np.exp(logits_T3 - logits_T3.max(1, keepdims=True))
         return p_T3 / p_T3.sum(1, keepdims=True)
 
@@ -289,7 +288,7 @@ class _Seen:
 def sure_of(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
     """Log probabilities (N, V), float32, and their entropy (N,), nats."""
     logp_NV = logits_NV.float().log_softmax(-1)
-    # One by one they stay in a processor's cache, which is five times as fast.
+    # One by one they stay in a processor's cache.
     entropy_N = [-logp_V.exp().dot(logp_V.clamp(min=-80.0)) for logp_V in logp_NV]
     return logp_NV, torch.stack(entropy_N)
 
