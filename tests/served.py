@@ -24,13 +24,14 @@ def random_run(
     tokenizer: Any,
     layer: int,
     strength: float = 0.3,
-    positions: str = "decision",
+    everywhere: Collection[str] = (),
     low_rank: Collection[str] = (),
     adapters: bool = False,
 ) -> Path:
     """Vectors in both directions at a layer and the next, a detector at the last layer and one at ``layer - 1``.
 
-    ``low_rank``: of the directions to these the second shift depends on the state. ``adapters``: each has one, too.
+    ``low_rank``: of the directions to these the second shift depends on the state; ``everywhere``: to these they act on
+    all tokens. ``adapters``: each has one, too.
     """
     binding = Binding.of(model, tokenizer)
     config = model.config.get_text_config()
@@ -40,7 +41,7 @@ def random_run(
         states = [state[:, -1] for state in model(input_ids=ids_NT, output_hidden_states=True).hidden_states]
     cell = out / "cells" / "by-hand-0"
     generator = torch.Generator().manual_seed(0)
-    best: dict[str, str] = {}
+    both, facts = dict[str, Any](), {"method": "nmd", "site": "block", "layers": [layer], "top": 1.0, "strength": 0.3}
     for toward in ("generalized", "memorized"):
         shifts = {}
         for place in (layer, layer + 1):
@@ -52,9 +53,10 @@ def random_run(
             read_KD = torch.randn(2, width, generator=generator)
             read_KD /= read_KD.norm(dim=-1, keepdim=True) * states[layer + 2].norm(dim=-1).mean()
             edits[layer + 1] = LowRank(read_KD, torch.ones(2), torch.stack([shift_D, -0.5 * shift_D]))
+        positions = "all" if toward in everywhere else "decision"
         vector = ms.SteeringVector(toward, edits, positions=positions, method="nmd", binding=binding)
         vector.save(_made(cell / "vectors") / f"to_{toward}-nmd.safetensors")
-        best[f"to_{toward}"] = "nmd"
+        both[f"to_{toward}"] = facts | {"positions": positions}
         if adapters:
             mlp = model.model.layers[layer].mlp
             parts = {
@@ -83,10 +85,9 @@ def random_run(
         *(np.zeros(D), whitening_DD),
         binding=binding,
     ).save(cell.parents[1] / "reader.safetensors")
-    facts = {"method": "nmd", "site": "block", "layers": [layer], "top": 1.0, "strength": 0.3, "positions": positions}
-    both = {"to_generalized": facts, "to_memorized": facts}
-    lora = {way: facts | {"method": "lora", "lever": "adapter"} for way in both}
+    lora = {way: some | {"method": "lora", "lever": "adapter"} for way, some in both.items()}
     methods = {"nmd": both} | ({"lora": lora} if adapters else {})
+    best = {way: "nmd" for way in both} | ({"to_generalized": "lora"} if adapters else {})
     chosen = {"best": best, "methods": methods}
     (_made(cell / "records") / "chosen.json").write_text(json.dumps({"pairs": chosen, "conflict": chosen}))
     write_marker(cell, "steering", [path for path in sorted(cell.rglob("*")) if path.is_file()])

@@ -112,7 +112,9 @@ def test_a_fresh_process_loads_every_kind(bench: DrawnBench, fitted: Fitted, met
 def test_peft_opens_the_folder_of_an_adapter(bench: DrawnBench, fitted: Fitted, tmp_path: Path) -> None:
     one, model = fitted["lora", "memorized"], bench.asking.model
     inputs = bench.asking.padded([e.prompt for e in bench.test["conflict"].examples[:4]])
-    one.save(tmp_path / "one")
+    for name in ("one", "one/adapter_model.safetensors"):  # the latter where a card is written into it
+        one.save(tmp_path / name)
+    assert not any(path.is_dir() for path in (tmp_path / "one").iterdir())
     with torch.no_grad():
         with one.apply(model):
             mine = model(**inputs).logits

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import mnemoscope as ms
+from families import WORDS, tiny
 from little_facts import SUBJECTS, VALUES, VOCABULARY
 from mnemoscope.behaviour import states_at_the_end
 from mnemoscope.behaviour.states import capturing
@@ -267,8 +268,9 @@ def test_an_honest_server_passes_and_each_check_could_have_failed(
 
 def test_vectors_that_shift_every_token_are_proven_too(folders: tuple[Path, Path], tmp_path: Path) -> None:
     folder = folders[0]
-    everywhere = folder, random_run(tmp_path / "run", *load_model(folder), 1, strength=0.1, positions="all")
-    fitted = ms.Fitted.open(everywhere[1], *load_model(folder))
+    opened, both = load_model(folder), ("generalized", "memorized")
+    everywhere = folder, random_run(tmp_path / "run", *opened, 1, strength=0.1, everywhere=both)
+    fitted = ms.Fitted.open(everywhere[1], *opened)
     found = proofs(fitted, everywhere)
     assert [proof for proof in found.values() if not proof.passed] == []
     assert not any(name.startswith("gate") for name in found)  # it would have to be known before the prompt is read
@@ -330,6 +332,15 @@ def test_cards_of_a_run_in_use_stay_as_they_are(folders: tuple[Path, Path], tmp_
     file = next(run.rglob("to_generalized-nmd.safetensors"))
     for source, count in ((run, 4), (file, 1)):
         assert len(certify(source, binding, "vLLM 0.0", "float32", [shown])) == count
+
+
+def test_cards_of_adapters_say_nothing_of_engines(tmp_path: Path) -> None:
+    opened = tiny("llama"), word_tokenizer(WORDS, 64)
+    run, shown = random_run(tmp_path, *opened, 1, adapters=True), Proof("steered = transformers'", 0.0, 1.0, 4)
+    written = certify(run, Binding.of(*opened), "vLLM 0.0", "float32", [shown])
+    assert sorted(path.stem[:6] for path in written) == ["detect", "detect", "to_gen", "to_mem"]
+    with pytest.raises(InputError, match=r"^certify: .* is an adapter; only cards of vectors and detectors"):
+        certify(next(run.rglob("to_*-lora")), Binding.of(*opened), "vLLM 0.0", "float32", [shown])
 
 
 def test_what_cannot_be_proven_is_one_line(folders: tuple[Path, Path], tmp_path: Path) -> None:

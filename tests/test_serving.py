@@ -69,10 +69,10 @@ def test_what_is_asked_rightly_is_read() -> None:
     assert parse({"steer": "memory", "read": 1}) == Asked("memorized", read=True)
 
 
-def made(out: Path, positions: str = "decision") -> Offered:
+def made(out: Path, *everywhere: str) -> Offered:
     tokenizer = word_tokenizer(VOCABULARY, 128)
     model = build_gpt2(tokenizer, ModelConfig(layers=4, width=32, heads=2, context=128), 0).eval()
-    run = random_run(out, model, tokenizer, 1, positions=positions)
+    run = random_run(out, model, tokenizer, 1, everywhere=everywhere)
     return Offered.open(run, Binding.of(model, tokenizer))
 
 
@@ -135,7 +135,7 @@ def test_cached_blocks_are_kept_apart_from_the_first_shifted_position_on(offered
 
 
 def test_a_vector_of_all_positions_has_its_key_from_the_first_block_on(tmp_path: Path) -> None:
-    offered = made(tmp_path, "all")
+    offered = made(tmp_path, "generalized", "memorized")
     admitted = admit(Asked("generalized"), offered, list(range(40)), 40)
     assert (admitted.start, admitted.decision) == (0, 39)
     assert key_of_block({ADMITTED: asdict(admitted)}, 16) is not None

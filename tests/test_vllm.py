@@ -99,9 +99,9 @@ class Material:
         run = random_run(out / "run", *load_model(out / "model"), layer, **how)
         return cls(out / "model", run, texts)
 
-    def fitted(self) -> Fitted:
-        """With a model of its own."""
-        return Fitted.open(self.run, *load_model(self.folder))
+    def fitted(self, **how: Any) -> Fitted:
+        """With a model of its own; ``how``: see ``load_model``."""
+        return Fitted.open(self.run, *load_model(self.folder, **how))
 
 
 def large() -> tuple[Any, Any]:
@@ -260,7 +260,7 @@ def test_an_llm_of_each_family_that_is_allowed_is_proven_in_process(
 
 
 def test_what_acts_on_every_token_is_gated_by_a_pass_beforehand(tmp_path: Path) -> None:
-    everywhere = Material.make(tmp_path, MODEL, positions="all")
+    everywhere = Material.make(tmp_path, MODEL, everywhere=list(Toward))
     with serving(everywhere, tmp_path / "server.log", *EAGER) as client:
         found = proven(client, everywhere.fitted(), everywhere.texts[:8])
         asked = {"prompt": everywhere.texts[0], "vllm_xargs": {**STEER, "gate": 0.0}}

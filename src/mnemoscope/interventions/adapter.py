@@ -23,6 +23,7 @@ from mnemoscope.behaviour import Asking
 from mnemoscope.interventions.contract import Bench, Intervention, Toward
 from mnemoscope.interventions.hooks import Alpha, Gate, adding, factors_of
 from mnemoscope.models import adapt, check_peft, core_of, in_precision, is_adapted, prompts_of_rows, quick_precision
+from mnemoscope.models.opening import ADAPTED
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.files import write_atomically
 
@@ -91,8 +92,8 @@ class Adapter(Intervention):
         return super().facts() | {"strength": 1.0}
 
     def save(self, path: str | Path) -> list[Path]:
-        """Write a folder that peft opens: tensors, our JSON, and peft's configuration."""
-        path = Path(path)
+        """Write a folder that peft opens: tensors, our JSON, and peft's configuration; its tensors name it, too."""
+        path = Path(path).parent if Path(path).name == ADAPTED else Path(path)
         folder = path.with_suffix("") if path.suffix == ".safetensors" else path
         folder.mkdir(parents=True, exist_ok=True)
         rank = max((len(down_KI) for down_KI, _ in self.parts.values()), default=RANK)
@@ -100,7 +101,7 @@ class Adapter(Intervention):
         described |= {"r": rank, "lora_alpha": rank, "target_modules": sorted(self.parts)}
         content = (json.dumps(described, indent=1) + "\n").encode()
         return [
-            *super().save(folder / "adapter_model.safetensors"),
+            *super().save(folder / ADAPTED),
             write_atomically(folder / "adapter_config.json", content),
         ]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mnemoscope.behaviour import PLAIN, Prompting
 from mnemoscope.models import core_of, merged_weights
+from mnemoscope.models.opening import ADAPTED
 from mnemoscope.runs.digests import facts_digest, inside, intact, is_there
 from mnemoscope.runs.errors import InputError, refusing
 from mnemoscope.runs.files import plain, write_atomically
@@ -237,7 +238,7 @@ def read_artefact(
 def tensors_file(path: Path) -> Path:
     """Where the tensors of an artefact are: an adapter is a folder, which may be named as its file would be."""
     folder = path.with_suffix("") if path.suffix == ".safetensors" else path
-    return folder / "adapter_model.safetensors" if (folder / "adapter_config.json").is_file() else path
+    return folder / ADAPTED if (folder / "adapter_config.json").is_file() else path
 
 
 def chosen_paths(cell: Path) -> dict[tuple[str, str], Path]:

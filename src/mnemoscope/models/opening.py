@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 SHOWN = 3  # names of weights in an error
 UNOPENED = "cannot be opened as a causal language model"
 LARGER = 2  # times as many weights as are saved; head and embedding may be one tensor
-WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
+ADAPTED = "adapter_model.safetensors"  # of an adapter's folder
+WEIGHTS = ("model.safetensors", ADAPTED)
 INDEX = "model.safetensors.index.json"  # of weights in several files
 _REPORTED = {  # what the library says of the weights of a folder, in words
     "missing_keys": "lacks",
@@ -142,8 +143,8 @@ def _adapted(folder: str | Path, source: str | Path) -> str | Path:
     if described is None:
         return folder
     check_peft(f"model: {source} is an adapter, which")
-    if file_of(folder, "adapter_model.safetensors") is None:
-        raise InputError(f"model: {source} has no adapter_model.safetensors; other formats are not opened")
+    if file_of(folder, ADAPTED) is None:
+        raise InputError(f"model: {source} has no {ADAPTED}; other formats are not opened")
     return str(json.loads(Path(described).read_text())["base_model_name_or_path"])
 
 

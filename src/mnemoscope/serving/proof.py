@@ -19,7 +19,8 @@ import numpy as np
 from mnemoscope.auditing.origins.labels import ORIGINS
 from mnemoscope.face.fitted import Fitted
 from mnemoscope.face.stored import artefacts_of, cell_of, vectors_of
-from mnemoscope.interventions import Binding, Card, Toward, best_paths
+from mnemoscope.interventions import Binding, Card, Toward, chosen_paths
+from mnemoscope.interventions.artefact import tensors_file
 from mnemoscope.interventions.detect import Reading
 from mnemoscope.runs.digests import intact, is_there, rewriting
 from mnemoscope.runs.errors import InputError
@@ -85,7 +86,7 @@ def certify(source: Path, binding: Binding, engine: str, precision: str, proofs:
     """Write into cards on which engine they were proven, and what was shown; their tensors stay as they are.
 
     Args:
-        source: the run, the cell or the file that a server has; ``binding``: of its model.
+        source: the run, the cell or the file of a vector or detector that a server has; ``binding``: of its model.
         engine: its name and version, ``precision`` that of its weights.
         proofs: all of ``prove``.
 
@@ -97,19 +98,23 @@ def certify(source: Path, binding: Binding, engine: str, precision: str, proofs:
     compared = max(proof.difference for proof in proofs)
     shown = f"{precision}, {len(proofs)} checks of {sum(proof.answers for proof in proofs)} answers, "
     shown += f"differences up to {compared:.1e}, {time.strftime('%Y-%m-%d', time.gmtime())}"
-    paths, cell = [source], None
-    if not source.is_file():
+    paths, cell, (levers, *_) = [source], None, artefacts_of(source, binding)
+    if not tensors_file(source).is_file():
         cell = cell_of(source, binding)
+        methods = {f"to_{toward}": vector.method for toward, vector in vectors_of(levers).items()}
         detectors = (cell / f"{name}.safetensors" for name in ("detector", "detector_below"))
-        paths = [*best_paths(cell).values(), *(intact(path) for path in detectors if is_there(path))]
+        paths = [path for (way, method), path in chosen_paths(cell).items() if methods.get(way) == method]
+        paths += [intact(path) for path in detectors if is_there(path)]
+    elif levers and not vectors_of(levers):
+        raise InputError(f"certify: {source} is an adapter; only cards of vectors and detectors say what was proven")
     found = {path: artefacts_of(path, binding) for path in paths}
     written = [path.with_suffix(".json") for path in paths]
     with ExitStack() as stack:
         if cell:
             stack.enter_context(locked(cell.parents[1], lambda: True))
             stack.enter_context(rewriting(cell, [*paths, *written]))
-        for path, (levers, detector, _) in found.items():
-            artefact: Any = detector or next(iter(vectors_of(levers).values()))
+        for path, (one, detector, _) in found.items():
+            artefact: Any = detector or next(iter(vectors_of(one).values()))
             card = artefact.card or Card(artefact.task)
             replace(artefact, card=replace(card, proven=card.proven | {engine: shown})).save(path)
     return written
