@@ -40,6 +40,8 @@ def random_run(
     with torch.no_grad():
         states = [state[:, -1] for state in model(input_ids=ids_NT, output_hidden_states=True).hidden_states]
     cell = out / "cells" / "by-hand-0"
+    for name in ("vectors", "records"):
+        (cell / name).mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     both, facts = dict[str, Any](), {"method": "nmd", "site": "block", "layers": [layer], "top": 1.0, "strength": 0.3}
     for toward in ("generalized", "memorized"):
@@ -55,20 +57,19 @@ def random_run(
             edits[layer + 1] = LowRank(read_KD, torch.ones(2), torch.stack([shift_D, -0.5 * shift_D]))
         positions = "all" if toward in everywhere else "decision"
         vector = ms.SteeringVector(toward, edits, positions=positions, method="nmd", binding=binding)
-        vector.save(_made(cell / "vectors") / f"to_{toward}-nmd.safetensors")
+        vector.save(cell / "vectors" / f"to_{toward}-nmd.safetensors")
         both[f"to_{toward}"] = facts | {"positions": positions}
         if adapters:
-            mlp = model.model.layers[layer].mlp
             parts = {
                 f"model.layers.{layer}.mlp.{name}": (
                     torch.randn(2, module.in_features, generator=generator) / module.in_features**0.5,
                     torch.randn(module.out_features, 2, generator=generator) * module.weight.std(),
                 )
-                for name, module in mlp.named_children()
+                for name, module in model.model.layers[layer].mlp.named_children()
                 if hasattr(module, "in_features")
             }
             adapter = Adapter(toward=toward, method="lora", parts=parts, binding=binding)
-            adapter.save(_made(cell / "vectors" / f"to_{toward}-lora"))
+            adapter.save(cell / "vectors" / f"to_{toward}-lora")
     rng = np.random.default_rng(0)
     for name, place in (("detector", layers - 2), ("detector_below", layer - 1)):
         here_ND = states[place + 1].double().numpy()
@@ -89,11 +90,6 @@ def random_run(
     methods = {"nmd": both} | ({"lora": lora} if adapters else {})
     best = {way: "nmd" for way in both} | ({"to_generalized": "lora"} if adapters else {})
     chosen = {"best": best, "methods": methods}
-    (_made(cell / "records") / "chosen.json").write_text(json.dumps({"pairs": chosen, "conflict": chosen}))
+    (cell / "records" / "chosen.json").write_text(json.dumps({"pairs": chosen, "conflict": chosen}))
     write_marker(cell, "steering", [path for path in sorted(cell.rglob("*")) if path.is_file()])
     return out
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
