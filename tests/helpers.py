@@ -43,11 +43,7 @@ _SUMS = TrainingConfig(
 )
 _NAMES = {"steps": 800, "learning_rate": 0.004, "batch_size": 32}
 _NAMES |= {"stop": StopConfig(novel_accuracy=0.2, recall=0.6, conflict_each=0.1, conflict_other=0.6)}
-MINI_TRAINING = {
-    "inference": _SUMS.model_copy(update=_NAMES),
-    "addition": _SUMS,
-    "addition-digits": _SUMS,
-}
+MINI_TRAINING = {"inference": _SUMS.model_copy(update=_NAMES), "addition": _SUMS, "addition-digits": _SUMS}
 
 MINI_STUDY = """
 study: mini
@@ -186,11 +182,7 @@ class GivenBench(Bench):
 
 
 def vector_of(
-    bench: Bench,
-    method: str,
-    toward: Toward = Toward.GENERALIZED,
-    labels: Labels = ANSWERED,
-    **other: Any,
+    bench: Bench, method: str, toward: Toward = Toward.GENERALIZED, labels: Labels = ANSWERED, **other: Any
 ) -> SteeringVector:
     """The vector of a method in a setting."""
     facts: Any = {"unit": "norm", "site": "block", "layers": (0, 1), "top": 1.0, "strength": 0.2} | other

@@ -11,15 +11,7 @@ import pytest
 
 from mnemoscope.config import parse_study
 from mnemoscope.face.recipe import fitting_study
-from mnemoscope.runs.digests import (
-    digests_of,
-    facts_digest,
-    inside,
-    intact,
-    read_marker,
-    rewriting,
-    write_marker,
-)
+from mnemoscope.runs.digests import digests_of, facts_digest, inside, intact, read_marker, rewriting, write_marker
 from mnemoscope.runs.errors import InputError
 from mnemoscope.study.cells import cells_of
 from mnemoscope.study.stages.common import cell_task, keep_data, with_kept_data

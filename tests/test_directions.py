@@ -22,15 +22,7 @@ from mnemoscope.interventions.learning import wanted_batches
 from mnemoscope.interventions.methods import low_rank, nmd
 from mnemoscope.interventions.methods.learned import learned_together
 from mnemoscope.interventions.shifts import rho
-from mnemoscope.interventions.sources import (
-    ANSWERED,
-    TAUGHT,
-    FitLists,
-    Labels,
-    Tried,
-    margin_gradients,
-    with_prefixes,
-)
+from mnemoscope.interventions.sources import ANSWERED, TAUGHT, FitLists, Labels, Tried, margin_gradients, with_prefixes
 from mnemoscope.statistics import Estimate, proportion
 from mnemoscope.tasks import Example, build_task
 

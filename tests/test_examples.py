@@ -29,11 +29,7 @@ def printed(cell: nbformat.NotebookNode) -> str:
 @pytest.mark.parametrize("path", ANYWHERE, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")  # the kernel's client, not our code, which runs in the kernel
 def test_the_notebook_runs(
-    path: Path,
-    mini: Callable[[str], Asking],
-    shared_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    path: Path, mini: Callable[[str], Asking], shared_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mini("addition")
     monkeypatch.setenv("MNEMOSCOPE_MODEL", str(shared_folder / "mini-addition"))

@@ -62,11 +62,7 @@ def test_batches_hold_whole_instances_and_weigh_prompt_and_answer(task: Task) ->
 
 @pytest.mark.parametrize(
     ("changes", "steps", "met"),
-    [
-        ({"stop": NOTHING}, [10], True),
-        ({}, [10, 20, 30], False),
-        ({"give_up_at": 15}, [10, 15], False),
-    ],
+    [({"stop": NOTHING}, [10], True), ({}, [10, 20, 30], False), ({"give_up_at": 15}, [10, 15], False)],
     ids=["the rule holds", "all steps", "an attempt without a rule"],
 )
 def test_when_training_ends(changes: dict[str, Any], steps: list[int], met: bool, task: Task) -> None:

@@ -45,10 +45,7 @@ from mnemoscope.serving.proof import prove
 from mnemoscope.serving.served import Proof
 from served import random_run
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here")]
 MODEL = os.environ.get("MNEMOSCOPE_SERVED", "")
 CONTEXT = 256  # tokens that the server takes
 BLOCK = 32  # tokens of a cached block
@@ -209,8 +206,7 @@ def other(admitted: Admitted) -> Toward:
 
 @pytest.mark.filterwarnings("ignore")  # of vLLM's own imports
 @pytest.mark.parametrize(
-    ("family", "adapters"),
-    [*((family, False) for family in (TRIED if MODEL else ("gemma3_text",))), ("llama", True)],
+    ("family", "adapters"), [*((family, False) for family in (TRIED if MODEL else ("gemma3_text",))), ("llama", True)]
 )
 def test_an_llm_of_each_family_that_is_allowed_is_proven_in_process(
     family: str, adapters: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mnemoscope.bench.run import arena
     from mnemoscope.config import load_study
     from mnemoscope.face.fitted import Fitted, fit
+    from mnemoscope.face.ready import ready
     from mnemoscope.interventions import SteeringVector
     from mnemoscope.interventions.detect import Detector
     from mnemoscope.models import load_model

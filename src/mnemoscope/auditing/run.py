@@ -163,11 +163,10 @@ class _Run:
         parts, starts, began = [], [0, *range(1, len(self.items), AT_ONCE)], time.monotonic()
         fresh = not self.done("rows-00000")  # else the first item tells nothing of the time
         for number, (start, end) in enumerate(pairwise([*starts, len(self.items)])):
-            about = (
-                f"all of them about {_minutes(began, len(self.items))}"
-                if fresh and number == 1
-                else f"item {start + 1} on"
-            )
+            about = f"item {start + 1} on"
+            if fresh and number == 1:
+                minutes = round((time.monotonic() - began) * len(self.items) / 60)
+                about = f"all of them about {max(1, minutes)} min"
             tell("audit", "asking", start, len(self.items), about)
             name = f"rows-{number:05}"
             path = self.folder / f"{name}.parquet"
@@ -182,10 +181,6 @@ class _Run:
     def done(self, name: str) -> bool:
         """Whether a stage has finished."""
         return (self.folder / STAGES / f"{name}.json").is_file()
-
-
-def _minutes(began: float, items: int) -> str:
-    return f"{max(1, round((time.monotonic() - began) * items / 60))} min"
 
 
 def _told(run: _Run, rows: pd.DataFrame, choices: Mapping[str, Any]) -> Audit:

@@ -67,17 +67,13 @@ def _sample(options: Any, count: Fraction | None = None) -> Draw:
     return Draw(options, None if count is None else int(count))
 
 
-def _words(start: Fraction, stop: Fraction, step: Fraction, words: list[Any]) -> Draw:
-    return Draw([words[int(n)] for n in Steps(start, stop, step)], None)
-
-
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "sample": _sample,
     "sample_sequential": lambda options, count: Draw(list(options), int(count), in_order=True),
     "range": Steps,
     "arange": Steps,
     "range_list": lambda *ends: list(Steps(*ends)[:MOST]),
-    "range_str": _words,
+    "range_str": lambda start, stop, step, words: Draw([words[int(n)] for n in Steps(start, stop, step)], None),
 }
 
 

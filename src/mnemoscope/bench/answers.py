@@ -42,14 +42,7 @@ from mnemoscope.bench.prompts import Prompts
 from mnemoscope.interventions import Intervention, Quoted, SteeringVector, Toward
 from mnemoscope.interventions.contract import Seen
 from mnemoscope.interventions.detect import Detector, Reading
-from mnemoscope.models import (
-    Precision,
-    cache_of,
-    in_precision,
-    pass_inputs,
-    quick_precision,
-    with_last_logits,
-)
+from mnemoscope.models import Precision, cache_of, in_precision, pass_inputs, quick_precision, with_last_logits
 from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Example
 

@@ -13,15 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mnemoscope.behaviour import (
-    Asking,
-    Batch,
-    PairBatch,
-    draw_candidates,
-    mine_pairs,
-    prepare,
-    score,
-)
+from mnemoscope.behaviour import Asking, Batch, PairBatch, draw_candidates, mine_pairs, prepare, score
 from mnemoscope.bench.known import Known, ask_known
 from mnemoscope.bench.prompts import Prompts
 from mnemoscope.config import ArenaConfig

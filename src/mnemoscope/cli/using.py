@@ -33,8 +33,8 @@ def steer(
     how: given.How,
     model: given.Model,
     prompts: given.Prompts,
-    source: given.Source,
     toward: Annotated[str, typer.Option(help=TOWARD, callback=given.of_toward)],
+    source: given.MaybeSource = None,
     alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector; 0 leaves the model as it is.")] = 1.0,
     gate: Annotated[float | None, typer.Option(min=0.0, max=1.0, help=GATE)] = None,
     lever: Annotated[Lever | None, typer.Option(help=LEVER)] = None,
@@ -176,7 +176,9 @@ def serve(
     serve(run, port, told, siblings, model)
 
 
-def _fitted(source: Path, model: str, how: given.How) -> Any:
+def _fitted(source: Path | None, model: str, how: given.How) -> Any:
     """Open vectors and detector with their model."""
-    prompting = formatted(how)
+    from mnemoscope.face.ready import shipped
+
+    source, prompting = source or shipped(model), formatted(how)
     return ms.Fitted.open(source, *open_model(model, how), prompting=prompting, force=how.force)

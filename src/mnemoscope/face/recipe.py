@@ -129,12 +129,7 @@ def fitting_study(
         "neither_limit": choices.neither,
     }
     steering |= {"draws": CLAIMED} if choices.aim == "pairs" else {}
-    cell = MEASURED | {
-        "task": kind,
-        "options": given | options,
-        "model": model,
-        "steering": steering,
-    }
+    cell = MEASURED | {"task": kind, "options": given | options, "model": model, "steering": steering}
     label = Path(name).stem if given else name.rpartition(":")[2]
     label = re.sub(r"[^A-Za-z0-9_.-]+", "-", label).lstrip("_.-")[:100] or "mine"
     return parse_study({"study": "fit", "threads": choices.threads, "cells": {label: cell}})

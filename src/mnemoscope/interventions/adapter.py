@@ -100,10 +100,7 @@ class Adapter(Intervention):
         described = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
         described |= {"r": rank, "lora_alpha": rank, "target_modules": sorted(self.parts)}
         content = (json.dumps(described, indent=1) + "\n").encode()
-        return [
-            *super().save(folder / ADAPTED),
-            write_atomically(folder / "adapter_config.json", content),
-        ]
+        return [*super().save(folder / ADAPTED), write_atomically(folder / "adapter_config.json", content)]
 
     @classmethod
     def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:

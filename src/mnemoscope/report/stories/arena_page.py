@@ -23,12 +23,7 @@ from mnemoscope.statistics import Estimate, averaged
 TITLES = {"generalized": "To context", "memorized": "To memory"}
 LISTS = {"agreeing": "texts that agree", "bare": "bare questions"}
 CONTROLS = {"gaussian": "random", "permuted_answers": "other answers"}
-ALLOWED = {
-    "words": "change the prompt",
-    "hooks": "add hooks",
-    "adapter": "load an adapter",
-    "passes": "pay two passes",
-}
+ALLOWED = {"words": "change the prompt", "hooks": "add hooks", "adapter": "load an adapter", "passes": "pay two passes"}
 LEAD = """A wanted answer is that of the text, or that of memory. Each method is fitted on one part of the items, its
 setting is chosen on a second, and it is judged on a third that was frozen before."""
 
