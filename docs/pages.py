@@ -17,6 +17,7 @@ PAGES = {
     "STUDY": study.page,
     "RECORDS": records.page,
     "ARENA": arena.published,
+    "GALLERY": partial(printing.page, "gallery"),
     "REVIEW": partial(printing.page, "review"),
     "CLAIMS": partial(printing.page, "claims"),
     "BENCHMARKS": partial(printing.page, "benchmarks"),

@@ -68,6 +68,7 @@ def test_the_commands_exist() -> None:
         ("STUDY", ["| `learned_steps` | `20` |", "| `stored` | `480` |"]),
         ("RECORDS", ["| `minus_control` | {str:", "## records/pairs.parquet: "]),
         ("ARENA", ["| smollm2, facts | generalized | low-rank "]),
+        ("GALLERY", ["| Moscow | Khartoum |", "## Of other kinds"]),
         ("REVIEW", ["| addition | 0.958 (0.93 to 0.98) | 0.836 | 0.835 |", "## The same seeds again, `paper`"]),
         ("CLAIMS", ["| addition (paper) | 5 | 0.96 (0.93 to 1.00) (logistic, learned, nmd) | holds |"]),
         ("BENCHMARKS", ["| 1,000,000 | 930.2 | 1.109 | 1768.4 |"]),

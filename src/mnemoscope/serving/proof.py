@@ -255,7 +255,7 @@ def _written(server: Served) -> Proof:
         wanted.append(wanted_M4[:, :3])
     spread = largest([np.ptp(np.concatenate(wanted), axis=0)]) if wanted else 0.0
     facts = len(asked), len(faults), 0, spread, next(iter(faults), "")
-    return Proof("tokens = read", largest(apart), server.bounds.read, *facts)
+    return Proof("tokens = read", largest(apart), server.bounds.origin, *facts)
 
 
 def _gated(server: Served) -> Proof:
