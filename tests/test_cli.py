@@ -120,6 +120,7 @@ LEAVING = {"up": "../../escaped", "absolute": "/tmp/escaped", "inner": "a/b", "d
         (["report", "nowhere"], "RUN: nowhere is not a run folder"),
         (["doctor"], "MODEL: missing; name a model, or a server: --server URL"),
         (["doctor", "model", "--certify"], "--certify: is for a server; name it too: --server URL"),
+        (["steer", "model", "Who?", "--toward", "memory"], "from: missing; name a run, as edits ship for smollm2 only"),
         (["detect", "model", "Who?", "--from", "nowhere"], "from: nowhere does not exist"),
         (["data", "inferense", "-o", "x.jsonl"], "task: 'inferense' is unknown"),
         (["data", "inference", "-o", "x.jsonl", "--option", "hops"], "not of the form name=value"),
