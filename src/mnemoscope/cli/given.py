@@ -20,7 +20,7 @@ _A_MODEL = "Folder or hub id of a causal model, or smollm2, or gemma3-270m."
 _CODE = "package.module:Class: import and run this task of yours; run folders cannot request it. May be repeated."
 _TASK = "A task, see `mnemoscope tasks`, or a file of your own: JSONL, CSV, Parquet or JSON."
 _SOURCE = "A run, a cell of one, or the file of a vector or a detector."
-_MAYBE = f"{_SOURCE} Default: what ships, which is for smollm2."
+_MAYBE = f"{_SOURCE} Default: what ships for smollm2."
 
 
 def checked(check: Callable[[Any], object]) -> Callable[[Any], Any]:
@@ -82,9 +82,7 @@ Prompts = Annotated[
     list[str], typer.Argument(metavar="PROMPT...", help="To answer or read.", callback=checked(_prompt))
 ]
 Source = Annotated[Path, typer.Option("--from", help=_SOURCE, callback=of_source)]
-MaybeSource = Annotated[
-    Path | None, typer.Option("--from", help=f"{_SOURCE} Default: what ships for smollm2.", callback=of_source)
-]
+MaybeSource = Annotated[Path | None, typer.Option("--from", help=_MAYBE, callback=of_source)]
 Task = Annotated[str, typer.Option(help=_TASK, callback=by("mnemoscope.tasks:described_task"))]
 TaskOptions = Annotated[list[str] | None, typer.Option(help="NAME=VALUE: an option of the task, as hops=2.")]
 AllowCode = Annotated[list[str] | None, typer.Option(help=_CODE)]

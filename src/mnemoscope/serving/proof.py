@@ -103,8 +103,8 @@ def certify(source: Path, binding: Binding, engine: str, precision: str, proofs:
         cell = cell_of(source, binding)
         methods = {f"to_{toward}": vector.method for toward, vector in vectors_of(levers).items()}
         detectors = (cell / f"{name}.safetensors" for name in ("detector", "detector_below"))
-        paths = [path for (way, method), path in chosen_paths(cell).items() if methods.get(way) == method]
-        paths += [intact(path) for path in detectors if is_there(path)]
+        chosen = [path for (way, method), path in chosen_paths(cell).items() if methods.get(way) == method]
+        paths = [intact(path) for path in (*chosen, *filter(is_there, detectors))]
     elif levers and not vectors_of(levers):
         raise InputError(f"certify: {source} is an adapter; only cards of vectors and detectors say what was proven")
     found = {path: artefacts_of(path, binding) for path in paths}
