@@ -28,6 +28,15 @@ def printed(cell: nbformat.NotebookNode) -> str:
     return "".join(output.text for output in cell.get("outputs", []) if output.get("name") == "stdout")
 
 
+def ran_again(path: Path, folder: Path) -> list[str]:
+    """What each cell of a notebook prints now, where it has printed something before."""
+    shown, again = (nbformat.read(path, as_version=4) for _ in range(2))
+    ran = NotebookClient(again, timeout=300, kernel_name="python3").execute(cwd=folder)
+    for before, after in zip(shown.cells, ran.cells, strict=True):
+        assert bool(printed(before)) == bool(printed(after)), after.source
+    return list(map(printed, ran.cells))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ANYWHERE, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")  # the kernel's client, not our code, which runs in the kernel
@@ -37,11 +46,7 @@ def test_the_notebook_runs(
     mini("addition")
     monkeypatch.setenv("MNEMOSCOPE_MODEL", str(shared_folder / "mini-addition"))
     monkeypatch.setenv("MNEMOSCOPE_RUN", str(tmp_path / "run"))
-    shown = nbformat.read(path, as_version=4)
-    ran = NotebookClient(nbformat.read(path, as_version=4), timeout=300, kernel_name="python3").execute(cwd=tmp_path)
-    for before, after in zip(shown.cells, ran.cells, strict=True):
-        assert bool(printed(before)) == bool(printed(after)), after.source
-    told = re.findall(r"P\(memorized\) = ([\d.]+)", "".join(map(printed, ran.cells)))
+    told = re.findall(r"P\(memorized\) = ([\d.]+)", "".join(ran_again(path, tmp_path)))
     assert told
     assert all(0 <= float(one) <= 1 for one in told)
     assert (tmp_path / "run" / "report.html").is_file()
@@ -53,10 +58,7 @@ def test_the_notebook_runs(
 @pytest.mark.filterwarnings("ignore")
 def test_the_notebook_of_a_packaged_model_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MNEMOSCOPE_RUN", str(tmp_path / "run"))
-    shown = nbformat.read(path, as_version=4)
-    ran = NotebookClient(nbformat.read(path, as_version=4), timeout=300, kernel_name="python3").execute(cwd=tmp_path)
-    for before, after in zip(shown.cells, ran.cells, strict=True):
-        assert bool(printed(before)) == bool(printed(after)), after.source
+    assert any(ran_again(path, tmp_path))
 
 
 def test_the_notebooks_show_outputs_and_no_errors_and_use_what_there_is() -> None:

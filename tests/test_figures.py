@@ -51,7 +51,7 @@ def test_figures_are_given_by_a_command_that_is_named(page: Path) -> None:
 def test_the_commands_exist() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    for page in PAGES:
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
         for line in COMMAND.findall(page.read_text()):
             first, *rest = shlex.split(line)
             if first == "mnemoscope":

@@ -54,15 +54,6 @@ def test_commands_and_options_exist(line: str) -> None:
     assert {a for a in arguments if a.startswith("-")} <= known
 
 
-@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "quickstart.md"])
-def test_make_targets_exist(page: Path) -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    targets = re.findall(r"^make ([\w-]+)", page.read_text(), flags=re.MULTILINE)
-    assert targets
-    for target in targets:
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-
-
 @pytest.mark.parametrize("page", ["README.md", "docs/your-data.md"])
 def test_the_example_line_is_valid_jsonl(page: str, tmp_path: Path) -> None:
     (line,) = blocks("json", (ROOT / page).read_text())

@@ -44,6 +44,7 @@ from mnemoscope.serving.engine import TRIED
 from mnemoscope.serving.proof import prove
 from mnemoscope.serving.served import Proof
 from served import random_run
+from test_serving import WRONG as PARSED
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here")]
 MODEL = os.environ.get("MNEMOSCOPE_SERVED", "")
@@ -273,6 +274,12 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("chat/completions", {"vllm_xargs": {**STEER, "alpha": -1}, "stream": True}, "alpha"),
     ("chat/completions/batch", {"vllm_xargs": {**STEER, "alpha": -1}}, "alpha"),
     ("completions", {"vllm_xargs": {**STEER, "gate": 2}}, "gate"),
+    ("completions", {"vllm_xargs": {**STEER, "lever": "adapter"}}, "lever"),
+    ("completions", {"vllm_xargs": {"lever": "shift"}}, "lever"),
+    ("completions", {"vllm_xargs": {"document": "a text"}}, "document"),
+    ("chat/completions", {"vllm_xargs": {**STEER, "read": "tokens", "document": ""}}, "read"),
+    # Those of the parser, but for what is no JSON.
+    *(("completions", {"vllm_xargs": given}, told.partition(":")[0]) for given, told in PARSED if "nan" not in told),
     ("completions", {"read": True}, "read"),
     ("completions", {"vllm_xargs": {"read": "tokens"}}, "document"),
     ("completions", {"vllm_xargs": {"read": "tokens", "document": "of another prompt"}}, "document"),
