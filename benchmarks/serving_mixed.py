@@ -71,11 +71,10 @@ def _proofs(client: httpx.Client, material: Material, number: int, dtype: str) -
         time.sleep(n * STAGGER)
         return list(prove(ask, fitted[n], texts[8 * n : 8 * n + 8], CONTEXT))
 
-    asked = 0
+    asked: list[Request] = []
 
     def ask(requests: list[Request]) -> list[Answer]:
-        nonlocal asked
-        asked += len(requests)
+        asked.extend(requests)
         return server.ask(requests)
 
     # One model: hooks belong to a module, so each proof has modules of its own over the same weights.
@@ -85,7 +84,7 @@ def _proofs(client: httpx.Client, material: Material, number: int, dtype: str) -
             mine.data = theirs.data
     with ThreadPoolExecutor(number) as threads:
         found = list(threads.map(one, range(number)))
-    print(f"{asked} requests of {number} proofs")
+    print(f"{len(asked)} requests of {number} proofs")
     return found
 
 

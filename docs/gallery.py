@@ -1,7 +1,7 @@
 """Twelve cases, steered both ways by the edits that ship: ``python docs/gallery.py OUT [--keep FILE]``.
 
-``OUT`` is what ``scripts/ship.py`` has written. Six cases are drawn from its test split, by seed 0; six are of other
-kinds of facts, written down before they were asked. What is kept is printed into the site.
+``OUT`` is what ``scripts/ship.py`` has written; its detector reads. Six cases are drawn from its test split, by seed
+0; six are of other kinds of facts, written down before they were asked. What is kept is printed into the site.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--keep", type=Path, help="keep the tables for the site")
     arguments = parser.parse_args()
-    fitted = ms.Fitted.open(arguments.out / "run", *ms.load_model("smollm2"))
+    fitted = ms.ready("smollm2")
+    reading_by = ms.Fitted.open(arguments.out / "run", fitted.model, fitted.tokenizer)  # a detector does not ship
     task = ms.build_task("jsonl", {"file": str(arguments.out / "known.jsonl")}, 0)
     drawn = draw(task, np.random.default_rng(0), 6, "conflict", "test")
     asked = [(one.prompt, str(one.generalized), str(one.memorized)) for one in drawn]
@@ -42,7 +43,7 @@ def main() -> None:
     ways = (("context", 0), ("context", 1), ("memory", 1))
     answers = [fitted.generate(prompts, way, alpha=alpha) for way, alpha in ways]
     rows = []
-    reading = fitted.detect(prompts)
+    reading = reading_by.detect(prompts)
     both = zip(reading.p_memorized, reading.unlike, strict=True)
     for (prompt, told, remembered), *said, (p, unlike) in zip(asked, *answers, both, strict=True):
         right = (told, remembered), (told,), (remembered,)

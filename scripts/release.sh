@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 "${1:-python3}" -m venv "$out/build"
 "$out/build/bin/pip" install --quiet build
 rm -rf dist
-"$out/build/bin/python" -m build --outdir dist . >"$out/build.log"
+"$out/build/bin/python" -m build --outdir dist . >"$out/build.log" 2>&1
 
 for python in "$@"; do
   for archive in dist/*; do
