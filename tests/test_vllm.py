@@ -38,11 +38,11 @@ from mnemoscope.interventions import Toward
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
 from mnemoscope.runs.errors import InputError
 from mnemoscope.serving import engine
-from mnemoscope.serving.admission import Admitted
+from mnemoscope.serving.admission import QUANTIZATION, Admitted
 from mnemoscope.serving.client import Server, asking
 from mnemoscope.serving.engine import TRIED
 from mnemoscope.serving.proof import prove
-from mnemoscope.serving.served import Proof
+from mnemoscope.serving.served import Proof, quantize
 from served import random_run
 from test_serving import WRONG as PARSED
 
@@ -50,6 +50,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("vllm") is None, re
 MODEL = os.environ.get("MNEMOSCOPE_SERVED", "")
 CONTEXT = 256  # tokens that the server takes
 BLOCK = 32  # tokens of a cached block
+INT8 = '{"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}'  # of torchao
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 ENVIRONMENT = {
     **{"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"},
@@ -112,6 +113,19 @@ def large() -> tuple[Any, Any]:
             if parameter.dim() > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=draws) * 0.15)
     return model, tokenizer
+
+
+def of_family(family: str, out: Path, adapters: bool = False) -> tuple[Path, tuple[Any, Any]]:
+    """A run on a saved model of a family with random weights, and the model with its tokenizer."""
+    words = load_model("smollm2")[1] if family == "qwen2" else word_tokenizer(WORDS, CONTEXT)  # it opens its own kind
+    model = tiny(family, **{"vocab_size": len(words), **SIZES.get(family, _SIZES)})
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(6 if weight.dim() > 1 else 1)  # so that a token depends on those before it
+    for part in (model, words):
+        part.save_pretrained(out / "model")
+    opened = load_model(out / "model")
+    return random_run(out / "run", *opened, 1, low_rank=("generalized", "memorized"), adapters=adapters), opened
 
 
 @contextmanager
@@ -220,22 +234,20 @@ def test_an_llm_of_each_family_that_is_allowed_is_proven_in_process(
 
     for name, value in (ENVIRONMENT | {"VLLM_CPU_CI_ENV": "1", "TORCH_LOGS": "graph_code"}).items():
         monkeypatch.setenv(name, value)
-    words = load_model("smollm2")[1] if family == "qwen2" else word_tokenizer(WORDS, CONTEXT)  # it opens its own kind
-    model = tiny(family, **{"vocab_size": len(words), **SIZES.get(family, _SIZES)})
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(6 if weight.dim() > 1 else 1)  # so that a token depends on those before it
-    for part in (model, words):
-        part.save_pretrained(tmp_path / "model")
-    opened = load_model(tmp_path / "model")
-    run = random_run(tmp_path / "run", *opened, 1, low_rank=("generalized", "memorized"), adapters=adapters)
+    run, opened = of_family(family, tmp_path, adapters)
     limits: dict[str, Any] = {"block_size": BLOCK, "max_num_seqs": 16, "max_model_len": CONTEXT}
     plugin = {"mnemoscope": str(run)}
     limits |= {"enable_lora": True, "max_loras": 13, "max_lora_rank": 8} if adapters else {}
+    if quantized := family == "gemma3_text":
+        limits |= {"quantization": "torchao", "hf_overrides": {QUANTIZATION: INT8}}
     llm = LLM(str(tmp_path / "model"), dtype="float32", additional_config=plugin, **limits)
     try:
         texts = [" ".join(WORDS[(7 * n + 3 * k) % 61] for k in range(5 + n)) for n in range(4)]
-        found = list(prove(asking(llm), Fitted.open(run, *opened), texts, CONTEXT))
+        fitted = Fitted.open(run, *opened)
+        if quantized:
+            assert not next(prove(asking(llm), fitted, texts, CONTEXT)).passed  # it is another model than a whole one
+            quantize(fitted.model, INT8)
+        found = list(prove(asking(llm), fitted, texts, CONTEXT))
         if adapters:
             own = engine.adapter_of
             with monkeypatch.context() as patch:
@@ -254,6 +266,37 @@ def test_an_llm_of_each_family_that_is_allowed_is_proven_in_process(
     assert sorted(map(int, in_graph)) == ([] if adapters else list(range(len(places))))
     assert len(found) == 10
     assert [proof for proof in found if not proof.passed] == []
+
+
+@pytest.mark.filterwarnings("ignore")  # of vLLM's own imports
+def test_what_would_skip_steering_does_not_start_and_says_what_would(tmp_path: Path) -> None:
+    """Its configuration is refused, before a weight is loaded."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    run, _ = of_family("llama", tmp_path, adapters=True)
+    opened = {"model": str(tmp_path / "model"), "additional_config": {"mnemoscope": str(run)}, "dtype": "float32"}
+    torchao: dict[str, Any] = {"quantization": "torchao", "hf_overrides": {QUANTIZATION: INT8}}
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("pipeline_parallel_size", {"pipeline_parallel_size": 2}),
+        ("data_parallel_size", {"data_parallel_size": 2}),
+        ("speculative_config", {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}),
+        ("quantization", {**torchao, "tensor_parallel_size": 2}),
+        ("quantization", {**torchao, "hf_overrides": {**torchao["hf_overrides"], "num_hidden_layers": 2}}),
+        ("quantization", {"quantization": "fp8", "dtype": "bfloat16"}),
+        ("hf_overrides", {"hf_overrides": {"num_hidden_layers": 2}}),
+        ("load_format", {"load_format": "dummy"}),
+        ("model_impl", {"model_impl": "transformers"}),
+        ("revision", {"revision": "other"}),
+        ("runner", {"runner": "pooling"}),
+        ("max_lora_rank", {"enable_lora": True, "max_loras": 13, "max_lora_rank": 1}),
+        ("max_loras", {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}),
+    ]
+    EngineArgs(**opened, **torchao).create_engine_config()
+    for field, flags in wrong:
+        with pytest.raises(InputError, match=rf"^{field}: .*allowed"):
+            EngineArgs(**opened | flags).create_engine_config()
 
 
 def test_what_acts_on_every_token_is_gated_by_a_pass_beforehand(tmp_path: Path) -> None:

@@ -124,20 +124,6 @@ class Template:
         steps = str(content.get("answer_annotated", ""))
         return cls(path.stem, text.strip(), original, drawn, conditions, answer, stated, steps, numbers)
 
-    def recomputed(self) -> Fraction:
-        """The answer of the original, from the values that its question states; InputError where one is not known."""
-        values: dict[str, Any] = {}
-        for names, draw in self.drawn:
-            words = [self.original.get(name) for name in names]
-            rows = draw.options if draw.count is None and len(names) > 1 else []
-            row = next((row for row in rows if any(said == _said(part) for said, part in zip(words, row))), None)  # noqa: B905
-            for place, name in enumerate(names):
-                said = words[place]
-                values[name] = row[place] if row else _read(said) if said is not None else None
-        if lacking := [name for name, value in values.items() if value is None and name in self.answer.text]:
-            raise InputError(f"items: {self.name}: the original does not say {', '.join(lacking)}")
-        return Fraction(self.answer(values))
-
     def variant(self, rng: np.random.Generator, taken: set[str]) -> Variant:
         """A question with other values, none of ``taken``, and its answer; InputError where no numbers are found."""
         for _ in range(TRIES):
@@ -212,12 +198,3 @@ def _shown(value: Any) -> str:
     """A number without needless zeros."""
     value = Fraction(value)
     return str(value.numerator) if value.denominator == 1 else f"{float(value):.10f}".rstrip("0").rstrip(".")
-
-
-def _read(said: str) -> Any:
-    """A number that a question says, in figures or words; other words as they are."""
-    known = {words: value for name in ("numbers", "multi_times", "fraction_alnum") for words, value in LISTS[name]}
-    try:
-        return known.get(said) or Fraction(said.replace(",", "").replace("$", ""))
-    except ValueError:
-        return said

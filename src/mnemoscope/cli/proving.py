@@ -34,12 +34,16 @@ def prove_server(
     from mnemoscope.interventions import Binding
     from mnemoscope.serving.client import Server
     from mnemoscope.serving.proof import LONG, certify, cost, prove
+    from mnemoscope.serving.served import quantize
 
     if source is None:
         raise InputError("from: missing; name the run that the server has: --from RUN")
     server, named = Server(url), model or _model_of(source)
     opened = open_model(named, how)
     fitted, texts, found = Fitted.open(source, *opened), prompts or _prompts_of(source), []
+    binding = Binding.of(*opened)
+    if server.quantization:
+        quantize(opened[0], server.quantization)
     for proof in prove(server.ask, fitted, texts, server.room, long or LONG):
         found.append(proof)
         if not how.as_json:
@@ -47,8 +51,8 @@ def prove_server(
     ratios = cost(server.ask, fitted, texts)
     well, median, written = all(proof.passed for proof in found), statistics.median(ratios), list[Path]()
     if certified and well:
-        precision = str(opened[0].dtype).removeprefix("torch.")
-        written = certify(source, Binding.of(*opened), server.engine, precision, found)
+        precision = str(opened[0].dtype).removeprefix("torch.") + (" quantized" if server.quantization else "")
+        written = certify(source, binding, server.engine, precision, found)
     about: dict[str, Any] = {"server": server.url, "engine": server.engine, "model": named}
     about |= {"weights": weights_note(named), "passed": well}
     about |= {"checks": [asdict(proof) | {"passed": proof.passed} for proof in found]}

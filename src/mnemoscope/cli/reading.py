@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -92,20 +92,6 @@ def read(
             text.stylize(COLOURS[part.verdict], part.span.start, part.span.end)
         Console().print(text, Coloured(line), sep="\n")
         return
-    parts = [
-        {"text": part.span.of(found.answer), "start": part.span.start, "end": part.span.end, "verdict": part.verdict}
-        | {"p_document": part.p_3[0], "p_memory": part.p_3[1], "p_neither": part.p_3[2]}
-        for part in found.parts
-    ]
-    facts: dict[str, Any] = {
-        "model": model,
-        "weights": weights_note(model),
-        "answer": found.answer,
-        "shares": found.shares,
-    }
+    facts = found.told() | {"model": model, "weights": weights_note(model), "line": line}
     facts["written_again"] = [{"before": before, "after": after} for before, after in again]
-    tokens = [
-        {"start": start, "end": end, "p": p_3.tolist(), "unlike": bool(unlike)}
-        for (start, end), p_3, unlike in zip(found.offsets, found.p_T3, found.unlike_T, strict=True)
-    ]
-    say(how.as_json, f"{found.marked(MARKS)}\n{line}", **facts, parts=parts, tokens=tokens)
+    say(how.as_json, f"{found.marked(MARKS)}\n{line}", **facts)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mnemoscope.auditing.origins import Reader
 
 ENVIRONMENT = "MNEMOSCOPE_RUN"  # names what a server has
+QUANTIZATION = "quantization_config_dict_json"  # of ``hf_overrides``: how torchao quantizes, as vLLM is told
 FIELDS = ("steer", "lever", "alpha", "gate", "read", "document")
 TOKENS = "tokens"  # what ``read`` may be beside true, and what a report has then
 ADMITTED = "mnemoscope"  # the key of ``extra_args`` under which an admitted request is carried inside the engine
@@ -79,11 +80,13 @@ class Offered:
         levers: by the behaviour they steer to and by name the best vector and the best adapter, the better one first.
         detectors: ``detector``, and ``lower`` at or below the first shifted layer, where they exist.
         reader: of answers.
+        quantization: of the engine's weights by torchao, as JSON; None where they are whole.
     """
 
     levers: Mapping[Toward, Mapping[str, Intervention]]
     detectors: Mapping[str, Detector]
     reader: Reader | None = None
+    quantization: str | None = None
 
     @classmethod
     def of(

@@ -30,6 +30,7 @@ class Server:
         model: the name under which it serves the model.
         room: the most tokens of prompt and answer; None where it does not say.
         engine: its name and version.
+        quantization: of its weights, see ``served.quantize``; None where they are whole.
     """
 
     def __init__(self, url: str) -> None:
@@ -47,6 +48,8 @@ class Server:
         self.model, self.room = str(models[0]["id"]), models[0].get("max_model_len")
         status, told = self._call("/version")
         self.engine = f"vLLM {told['version']}" if status == 200 and "version" in told else "an engine without version"
+        _, state = self._call("/mnemoscope/state")
+        self.quantization = state.get("quantization") if isinstance(state, dict) else None
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
         """Ask all, several at a time, so that they share passes; InputError where the server is gone."""

@@ -6,7 +6,7 @@ import atexit
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from shutil import rmtree
@@ -24,6 +24,7 @@ from mnemoscope.serving.admission import (
     COPIES,
     ENVIRONMENT,
     FIELDS,
+    QUANTIZATION,
     TOKENS,
     Admitted,
     Offered,
@@ -70,12 +71,13 @@ def offered_by(config: Any) -> Offered | None:
     given = config.additional_config.get(ADMITTED) if isinstance(config.additional_config, dict) else None
     if not isinstance(given, dict):
         return None
-    return _opened(given["run"], Binding(**given["binding"]), config.lora_config is not None, given["digest"])
+    run, digest, quantization = (given[name] for name in ("run", "digest", "quantization"))
+    return _opened(run, Binding(**given["binding"]), config.lora_config is not None, digest, quantization)
 
 
 @lru_cache(maxsize=4)
-def _opened(run: str, binding: Binding, adapters: bool, digest: str) -> Offered:
-    offered = Offered.open(run, binding, adapters)
+def _opened(run: str, binding: Binding, adapters: bool, digest: str, quantization: str | None) -> Offered:
+    offered = replace(Offered.open(run, binding, adapters), quantization=quantization)
     if offered.digest != digest:
         raise InputError(f"{ENVIRONMENT}: {run} has changed since the server began to start")
     return offered
@@ -123,10 +125,9 @@ def _configured(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             raise InputError(f"site: {site!r} is split in tensor parallelism; allowed are block, attention, mlp")
         check_adapters(config, [named["adapter"] for named in offered.levers.values() if "adapter" in named])
         between_graphs(config.compilation_config)
-        config.additional_config = {
-            **extra,
-            ADMITTED: {"run": source, "binding": asdict(binding), "digest": offered.digest},
-        }
+        told: dict[str, Any] = {"run": source, "binding": asdict(binding), "digest": offered.digest}
+        told["quantization"] = (config.model_config.hf_overrides or {}).get(QUANTIZATION)
+        config.additional_config = {**extra, ADMITTED: told}
     return config
 
 
@@ -159,6 +160,9 @@ def check_engine(config: Any) -> None:
     """Raises InputError for what skips hooks (compiled passes, CUDA graphs), misleads them, or was not tried."""
     parallel, model = config.parallel_config, config.model_config
     backend, loading = (getattr(one, "value", one) for one in (model.model_impl, config.load_config.load_format))
+    given = model.hf_overrides if isinstance(model.hf_overrides, dict) else {}
+    # By the engine, of whole weights: on several ranks each would quantize a part by itself.
+    online = (model.quantization, set(given), parallel.tensor_parallel_size) == ("torchao", {QUANTIZATION}, 1)
     for name, found, *allowed in (
         ("model_type", model.hf_text_config.model_type, *TRIED),
         ("model_impl", backend, "auto", "vllm"),
@@ -168,7 +172,8 @@ def check_engine(config: Any) -> None:
         # Vectors are bound to the weights and the tokenizer of a folder.
         ("revision", model.revision, None),
         ("tokenizer", model.tokenizer, model.model),
-        ("hf_overrides", model.hf_overrides or None, None),
+        ("quantization", None if online else model.quantization, None, f"torchao on one rank, by {QUANTIZATION}"),
+        ("hf_overrides", (not online and model.hf_overrides) or None, None),
         ("use_inductor_graph_partition", config.compilation_config.use_inductor_graph_partition, False),
         ("VLLM_USE_V2_MODEL_RUNNER", int(config.use_v2_model_runner), 0),
         ("pipeline_parallel_size", parallel.pipeline_parallel_size, 1),
@@ -176,7 +181,6 @@ def check_engine(config: Any) -> None:
         ("enable_dbo", parallel.enable_dbo, False),
         ("speculative_config", config.speculative_config, None),
         ("kv_transfer_config", config.kv_transfer_config, None),
-        ("quantization", model.quantization, None),
         ("runner", model.runner_type, "generate"),
     ):
         if found not in allowed:

@@ -67,5 +67,6 @@ def state_of(offered: Offered | None) -> dict[str, Any]:
         "detectors": list(offered.detectors),
         "reader": offered.reader is not None,
         "digest": offered.digest,
+        "quantization": offered.quantization,
         "binding": asdict(binding) if binding else None,
     }

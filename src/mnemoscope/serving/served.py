@@ -7,6 +7,7 @@ Shapes: N requests, T tokens of a left-padded batch, M tokens of an answer, V vo
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -294,6 +295,22 @@ def _of_logits(logits_NMV: Tensor, tokens_NM: Tensor) -> list[Expected]:
     log_p_NMV = logits_NMV.float().log_softmax(-1)
     log_p_NM = log_p_NMV.gather(2, tokens_NM[..., None].to(log_p_NMV.device))[..., 0]
     return list(zip(log_p_NM.cpu().numpy(), (log_p_NMV.max(-1).values - log_p_NM).cpu().numpy(), strict=True))
+
+
+def quantize(model: Any, how: str) -> None:
+    """Quantize all linear layers but the head in place, as an engine did, by torchao's configuration in JSON.
+
+    Raises InputError where torchao is not installed, or does not know it.
+    """
+    try:
+        from torchao.core.config import config_from_dict
+        from torchao.quantization import quantize_
+
+        quantize_(model.base_model, config_from_dict(json.loads(how)))
+    except ImportError:
+        raise InputError("quantization: the server's weights are quantized; to compare, pip install torchao") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"quantization: {how} is not known to torchao here ({error})") from None
 
 
 def largest(differences: Iterable[np.ndarray]) -> float:

@@ -167,7 +167,7 @@ class OpenedCell:
         asked = self._reader.asks(Text(about.ask, about.document))
         self._check_length(asked.prompt)
         found = self._reader.stream(self._asking, asked, about.tokens)
-        return (ReadSoFar.of(one) for one in found)
+        return (ReadSoFar(**one.told()) for one in found)
 
     def _check_length(self, prompt: str) -> None:
         (tokens,) = self._asking.tokens([self._asking.text(prompt)])

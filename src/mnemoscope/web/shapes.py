@@ -6,8 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from mnemoscope.auditing.origins.labels import ORIGINS
-from mnemoscope.auditing.origins.reader import Origins
 from mnemoscope.config.model import Frozen
 from mnemoscope.interventions import Toward
 from mnemoscope.interventions.detect import Reading
@@ -110,7 +108,9 @@ class ReadPart(Frozen):
     document: Number
     memory: Number
     neither: Number
+    unlike: bool = False
     verdict: str = ""
+    text: str = ""
 
 
 class ReadSoFar(Frozen):
@@ -119,21 +119,8 @@ class ReadSoFar(Frozen):
     answer: str
     tokens: list[ReadPart]
     parts: list[ReadPart]
+    shares: dict[str, Number]
     line: str
-
-    @classmethod
-    def of(cls, found: Origins) -> ReadSoFar:
-        """As it was read."""
-        tokens = [(*pair, p_3, "") for pair, p_3 in zip(found.offsets, found.p_T3, strict=True)]
-        parts = [(part.span.start, part.span.end, part.p_3, part.verdict) for part in found.parts]
-        both = (
-            [
-                ReadPart(start=start, end=end, verdict=verdict, **dict(zip(ORIGINS, p_3.tolist(), strict=True)))
-                for start, end, p_3, verdict in several
-            ]
-            for several in (tokens, parts)
-        )
-        return cls(answer=found.answer, tokens=next(both), parts=next(both), line=found.line)
 
 
 class LeverFacts(Frozen):

@@ -103,6 +103,24 @@ class Origins:
         found = {name: float((self.p_T3[:, n] * known_T).mean()) for n, name in enumerate(ORIGINS)}
         return found | {"cannot tell": float(self.unlike_T.mean())}
 
+    def told(self) -> dict[str, Any]:
+        """Plain values: the answer, its shares, and characters and probabilities of its parts and tokens."""
+
+        def row(start: int, end: int, p_3: np.ndarray, **more: Any) -> dict[str, Any]:
+            return {"start": start, "end": end, **dict(zip(ORIGINS, p_3.tolist(), strict=True)), **more}
+
+        tokens = zip(self.offsets, self.p_T3, self.unlike_T, strict=True)
+        return {
+            "answer": self.answer,
+            "shares": self.shares,
+            "line": self.line,
+            "parts": [
+                row(span.start, span.end, p_3, verdict=verdict, text=span.of(self.answer))
+                for span, p_3, verdict in self.parts
+            ],
+            "tokens": [row(*pair, p_3, unlike=bool(unlike)) for pair, p_3, unlike in tokens],
+        }
+
     def __str__(self) -> str:
         """The answer with its names and numbers marked, and a line of shares."""
         return f"{self.marked(MARKS)}\n{self.line}"
