@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--servers", type=int, default=2, help="of each kind; they differ more than it costs")
+    parser.add_argument("--dtype", default="float32", help="four servers of Qwen2.5 0.5B need 21 GB in float32")
     parser.add_argument("--eager", action="store_true", help="no compiled passes")
     parser.add_argument("--adapters", action="store_true", help="of these alone, which need servers of their own")
     arguments = parser.parse_args()
@@ -47,7 +48,7 @@ def main() -> None:
         rows = [fitted.inputs([text]).input_ids[0].tolist() for text in material.texts]
         prompts = [rows[n % len(rows)] for n in range(arguments.requests)]
         body = {"model": "served", "prompt": prompts, "max_tokens": arguments.tokens, "ignore_eos": True}
-        flags = ("--enforce-eager",) if arguments.eager else ()
+        flags = ("--dtype", arguments.dtype, *(("--enforce-eager",) if arguments.eager else ()))
         if arguments.adapters:
             (own,) = material.run.rglob("to_generalized-lora")
             servers = (*flags, *ADAPTERS), ("--lora-modules", f"own={own}")
