@@ -17,6 +17,7 @@ from scipy.stats import norm
 from mnemoscope.statistics import Estimate, auroc, mean, proportion, surely_more
 
 GROUPS, DRAWS = (6, 8, 10, 20, 40), 20
+FEWER = (4, 6, 8, 12, 20)  # draws whose intervals are compared
 OF_GROUP, OF_ITEM, OF_DRAW = 0.7, 0.7, 0.5  # standard deviations of the effects, in log odds
 
 
@@ -26,27 +27,29 @@ def rate(log_odds: float, spread: float) -> float:
     return float((expit(log_odds + spread * nodes) * weights).sum() / weights.sum())
 
 
-def covered(groups: int, log_odds: float, repeats: int, seed: int) -> dict[str, float]:
+def covered(groups: int, log_odds: float, repeats: int, seed: int, draws: int = DRAWS) -> dict[str, float]:
     """Coverage of a shift, of a control and of their difference, and how often a null vector does surely more.
 
-    The vector is one unit of log odds stronger than the mean draw of its control.
+    The vector is one unit of log odds stronger than the mean draw of its control. ``width``: of the difference.
     """
     rng = np.random.default_rng([seed, groups])
-    found: dict[str, list[float]] = {name: [] for name in ("shift", "control", "difference", "more")}
+    found: dict[str, list[float]] = {name: [] for name in ("shift", "control", "difference", "more", "width")}
     spread = float(np.hypot(OF_GROUP, OF_ITEM))
     steered, flipped = rate(log_odds + 1, spread), rate(log_odds, float(np.hypot(spread, OF_DRAW)))
     for _ in range(repeats):
         index_N = np.repeat(np.arange(groups), rng.integers(1, 9, groups))
         effect_N = OF_GROUP * rng.normal(size=groups)[index_N] + OF_ITEM * rng.normal(size=len(index_N))
         vector_N = rng.random(len(index_N)) < expit(log_odds + 1 + effect_N)
-        effects_ND = log_odds + effect_N[:, None] + OF_DRAW * rng.normal(size=DRAWS + 1)
+        effects_ND = log_odds + effect_N[:, None] + OF_DRAW * rng.normal(size=draws + 1)
         null_N, *control_DN = (rng.random(effects_ND.shape) < expit(effects_ND)).T
         control_ND = np.stack(control_DN, axis=1)
-        at = np.repeat(index_N, DRAWS), np.tile(np.arange(DRAWS), len(index_N))  # group and draw of each row
+        at = np.repeat(index_N, draws), np.tile(np.arange(draws), len(index_N))  # group and draw of each row
         found["shift"].append(holds(proportion(vector_N, index_N), steered))
         found["control"].append(holds(proportion(control_ND.ravel(), *at), flipped))
         beyond_ND, nothing_ND = (one_N[:, None].astype(float) - control_ND for one_N in (vector_N, null_N))
-        found["difference"].append(holds(mean(beyond_ND.ravel(), *at), steered - flipped))
+        difference = mean(beyond_ND.ravel(), *at)
+        found["difference"].append(holds(difference, steered - flipped))
+        found["width"].append(difference.high - difference.low)
         found["more"].append(float(surely_more(nothing_ND.ravel(), *at)))
     return {name: float(np.nanmean(values)) for name, values in found.items()}
 
@@ -102,6 +105,14 @@ def main() -> None:
             found = covered(groups, log_odds, repeats, 0)
             numbers = " | ".join(f"{found[name]:.3f}" for name in ("shift", "control", "difference", "more"))
             print(f"| {groups} | {rate(log_odds, 1.0):.2f} | {numbers} |", flush=True)
+    print(
+        "\n| draws, of 40 groups | rate | control | difference | its width | null more |\n|---|---|---|---|---|---|"
+    )
+    for log_odds in (-2.0, -1.0):
+        for draws in FEWER:
+            found = covered(40, log_odds, repeats, 3, draws)
+            numbers = " | ".join(f"{found[name]:.3f}" for name in ("control", "difference", "width", "more"))
+            print(f"| {draws} | {rate(log_odds, 1.0):.2f} | {numbers} |", flush=True)
     print(
         "\n| groups of tune, as many of test | rate | chosen crosswise | its width, of test alone |\n|---|---|---|---|"
     )

@@ -9,6 +9,7 @@ import sys
 from functools import partial
 
 import arena
+import judged
 import printing
 import records
 import study
@@ -17,6 +18,7 @@ PAGES = {
     "STUDY": study.page,
     "RECORDS": records.page,
     "ARENA": arena.published,
+    "READING": partial(judged.published, "reading"),
     "GALLERY": partial(printing.page, "gallery"),
     "REVIEW": partial(printing.page, "review"),
     "CLAIMS": partial(printing.page, "claims"),

@@ -68,6 +68,10 @@ def test_the_commands_exist() -> None:
         ("STUDY", ["| `learned_steps` | `20` |", "| `stored` | `480` |"]),
         ("RECORDS", ["| `minus_control` | {str:", "## records/pairs.parquet: "]),
         ("ARENA", ["| smollm2, facts | generalized | low-rank "]),
+        (
+            "READING",
+            ["| a probe as AttriWiki's | 0.940 (0.917) | +0.038 (+0.023 to +0.055) |", "| 0.75 of 16 | 1.00 of 17 |"],
+        ),
         ("GALLERY", ["| Moscow | Khartoum |", "## Of other kinds"]),
         ("REVIEW", ["| addition | 0.958 (0.93 to 0.98) | 0.836 | 0.835 |", "## The same seeds again, `paper`"]),
         ("CLAIMS", ["| addition (paper) | 5 | 0.96 (0.93 to 1.00) (logistic, learned, nmd) | holds |"]),

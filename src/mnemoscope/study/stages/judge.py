@@ -94,7 +94,8 @@ def judge_all(opened: SteeredCell, chosen: Sequence[Chosen], tell: Tell) -> list
             return 0
         if config.screened and name != config.aim:
             return 0
-        return config.draws if name == "pairs" else config.conflict_draws
+        draws = config.draws if one.best else min(config.draws, config.other_draws)
+        return draws if name == "pairs" else config.conflict_draws
 
     def judges(one: Chosen, name: str) -> bool:
         if one.aim not in AIMS:
