@@ -56,6 +56,7 @@ ENVIRONMENT = {
     **{"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"},
     **{"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"},
 }
+QUANTIZED = ("--quantization", "torchao", "--hf-overrides", json.dumps({QUANTIZATION: INT8}))
 SMALL = ("--num-gpu-blocks-override", "14")  # a request of all tokens, and a few more
 CHUNKED, EAGER = ("--max-num-batched-tokens", "16"), ("--enforce-eager",)
 SERVERS: dict[str, tuple[str, ...]] = {
@@ -115,8 +116,8 @@ def large() -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def of_family(family: str, out: Path, adapters: bool = False) -> tuple[Path, tuple[Any, Any]]:
-    """A run on a saved model of a family with random weights, and the model with its tokenizer."""
+def of_family(family: str, out: Path, **how: Any) -> Material:
+    """A saved model of a family with random weights, and a run on it; ``how``: see ``random_run``."""
     words = load_model("smollm2")[1] if family == "qwen2" else word_tokenizer(WORDS, CONTEXT)  # it opens its own kind
     model = tiny(family, **{"vocab_size": len(words), **SIZES.get(family, _SIZES)})
     with torch.no_grad():
@@ -124,8 +125,8 @@ def of_family(family: str, out: Path, adapters: bool = False) -> tuple[Path, tup
             weight.mul_(6 if weight.dim() > 1 else 1)  # so that a token depends on those before it
     for part in (model, words):
         part.save_pretrained(out / "model")
-    opened = load_model(out / "model")
-    return random_run(out / "run", *opened, 1, low_rank=("generalized", "memorized"), adapters=adapters), opened
+    run = random_run(out / "run", *load_model(out / "model"), 1, **how)
+    return Material(out / "model", run, [" ".join(WORDS[(7 * n + 3 * k) % 61] for k in range(5 + n)) for n in range(8)])
 
 
 @contextmanager
@@ -234,25 +235,19 @@ def test_an_llm_of_each_family_that_is_allowed_is_proven_in_process(
 
     for name, value in (ENVIRONMENT | {"VLLM_CPU_CI_ENV": "1", "TORCH_LOGS": "graph_code"}).items():
         monkeypatch.setenv(name, value)
-    run, opened = of_family(family, tmp_path, adapters)
+    made = of_family(family, tmp_path, low_rank=("generalized", "memorized"), adapters=adapters)
     limits: dict[str, Any] = {"block_size": BLOCK, "max_num_seqs": 16, "max_model_len": CONTEXT}
-    plugin = {"mnemoscope": str(run)}
+    plugin = {"mnemoscope": str(made.run)}
     limits |= {"enable_lora": True, "max_loras": 13, "max_lora_rank": 8} if adapters else {}
-    if quantized := family == "gemma3_text":
-        limits |= {"quantization": "torchao", "hf_overrides": {QUANTIZATION: INT8}}
-    llm = LLM(str(tmp_path / "model"), dtype="float32", additional_config=plugin, **limits)
+    llm = LLM(str(made.folder), dtype="float32", additional_config=plugin, **limits)
     try:
-        texts = [" ".join(WORDS[(7 * n + 3 * k) % 61] for k in range(5 + n)) for n in range(4)]
-        fitted = Fitted.open(run, *opened)
-        if quantized:
-            assert not next(prove(asking(llm), fitted, texts, CONTEXT)).passed  # it is another model than a whole one
-            quantize(fitted.model, INT8)
-        found = list(prove(asking(llm), fitted, texts, CONTEXT))
+        fitted = made.fitted()
+        found = list(prove(asking(llm), fitted, made.texts[:4], CONTEXT))
         if adapters:
             own = engine.adapter_of
             with monkeypatch.context() as patch:
                 patch.setattr(engine, "adapter_of", lambda offered, one: own(offered, replace(one, steer=other(one))))
-                proofs = prove(asking(llm), Fitted.open(run, *opened), texts, CONTEXT)
+                proofs = prove(asking(llm), fitted, made.texts[:4], CONTEXT)
                 assert not next(one for one in proofs if one.name == "steered = transformers'").passed
     finally:
         llm.llm_engine.engine_core.shutdown()
@@ -260,7 +255,7 @@ def test_an_llm_of_each_family_that_is_allowed_is_proven_in_process(
         gc.collect()  # its sockets are closed here, where their warnings are ignored, and not when everything has ended
     graphs = capfd.readouterr().err
     print(family, *found, sep="\n")
-    layers = opened[0].config.get_text_config().num_hidden_layers
+    layers = fitted.model.config.get_text_config().num_hidden_layers
     places = {0, 1, 2, layers - 2, layers - 1}  # of detectors, vectors and the reader
     in_graph = re.findall(r"torch\.ops\.mnemoscope\.act\.default\(.*, (\d+)\)", graphs)
     assert sorted(map(int, in_graph)) == ([] if adapters else list(range(len(places))))
@@ -268,46 +263,54 @@ def test_an_llm_of_each_family_that_is_allowed_is_proven_in_process(
     assert [proof for proof in found if not proof.passed] == []
 
 
-@pytest.mark.filterwarnings("ignore")  # of vLLM's own imports
-def test_what_would_skip_steering_does_not_start_and_says_what_would(tmp_path: Path) -> None:
-    """Its configuration is refused, before a weight is loaded."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.plugins import load_general_plugins
+class TestAtStart:
+    @pytest.mark.filterwarnings("ignore")  # of vLLM's own imports
+    def test_what_would_skip_steering_does_not_start_and_says_what_would(self, tmp_path: Path) -> None:
+        """Its configuration is refused, before a weight is loaded."""
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.plugins import load_general_plugins
 
-    load_general_plugins()
-    run, _ = of_family("llama", tmp_path, adapters=True)
-    opened = {"model": str(tmp_path / "model"), "additional_config": {"mnemoscope": str(run)}, "dtype": "float32"}
-    torchao: dict[str, Any] = {"quantization": "torchao", "hf_overrides": {QUANTIZATION: INT8}}
-    wrong: list[tuple[str, dict[str, Any]]] = [
-        ("pipeline_parallel_size", {"pipeline_parallel_size": 2}),
-        ("data_parallel_size", {"data_parallel_size": 2}),
-        ("speculative_config", {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}),
-        ("quantization", {**torchao, "tensor_parallel_size": 2}),
-        ("quantization", {**torchao, "hf_overrides": {**torchao["hf_overrides"], "num_hidden_layers": 2}}),
-        ("quantization", {"quantization": "fp8", "dtype": "bfloat16"}),
-        ("hf_overrides", {"hf_overrides": {"num_hidden_layers": 2}}),
-        ("load_format", {"load_format": "dummy"}),
-        ("model_impl", {"model_impl": "transformers"}),
-        ("revision", {"revision": "other"}),
-        ("runner", {"runner": "pooling"}),
-        ("max_lora_rank", {"enable_lora": True, "max_loras": 13, "max_lora_rank": 1}),
-        ("max_loras", {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}),
-    ]
-    EngineArgs(**opened, **torchao).create_engine_config()
-    for field, flags in wrong:
-        with pytest.raises(InputError, match=rf"^{field}: .*allowed"):
-            EngineArgs(**opened | flags).create_engine_config()
+        load_general_plugins()
+        made = of_family("llama", tmp_path, low_rank=("generalized", "memorized"), adapters=True)
+        opened = {"model": str(made.folder), "additional_config": {"mnemoscope": str(made.run)}, "dtype": "float32"}
+        torchao: dict[str, Any] = {"quantization": "torchao", "hf_overrides": {QUANTIZATION: INT8}}
+        wrong: list[tuple[str, dict[str, Any]]] = [
+            ("pipeline_parallel_size", {"pipeline_parallel_size": 2}),
+            ("data_parallel_size", {"data_parallel_size": 2}),
+            ("speculative_config", {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}),
+            ("quantization", {**torchao, "tensor_parallel_size": 2}),
+            ("quantization", {**torchao, "hf_overrides": {**torchao["hf_overrides"], "num_hidden_layers": 2}}),
+            ("quantization", {"quantization": "fp8", "dtype": "bfloat16"}),
+            ("hf_overrides", {"hf_overrides": {"num_hidden_layers": 2}}),
+            ("load_format", {"load_format": "dummy"}),
+            ("model_impl", {"model_impl": "transformers"}),
+            ("revision", {"revision": "other"}),
+            ("runner", {"runner": "pooling"}),
+            ("max_lora_rank", {"enable_lora": True, "max_loras": 13, "max_lora_rank": 1}),
+            ("max_loras", {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}),
+        ]
+        EngineArgs(**opened, **torchao).create_engine_config()
+        for field, flags in wrong:
+            with pytest.raises(InputError, match=rf"^{field}: .*allowed"):
+                EngineArgs(**opened | flags).create_engine_config()
 
-
-def test_what_acts_on_every_token_is_gated_by_a_pass_beforehand(tmp_path: Path) -> None:
-    everywhere = Material.make(tmp_path, MODEL, everywhere=list(Toward))
-    with serving(everywhere, tmp_path / "server.log", *EAGER) as client:
-        found = proven(client, everywhere.fitted(), everywhere.texts[:8])
-        asked = {"prompt": everywhere.texts[0], "vllm_xargs": {**STEER, "gate": 0.0}}
-        report = client.post("/v1/completions", json=body_of("completions", asked)).json()["choices"][0]["mnemoscope"]
-    assert [proof for proof in found.values() if not proof.passed] == []
-    assert "gate as in transformers" in found
-    assert (report["passes"], report["steer"]) == (2, "generalized")
+    def test_what_acts_on_every_token_is_gated_by_a_pass_beforehand_also_of_quantized_weights(
+        self, tmp_path: Path
+    ) -> None:
+        everywhere = of_family("llama", tmp_path, everywhere=list(Toward))
+        with serving(everywhere, tmp_path / "server.log", *EAGER, *QUANTIZED) as client:
+            fitted, how = everywhere.fitted(), Server(str(client.base_url)).quantization
+            assert how == INT8
+            assert not proven(client, fitted, everywhere.texts[:2])["unsteered = transformers'"].passed  # another model
+            quantize(fitted.model, how)
+            found = proven(client, fitted, everywhere.texts)
+            asked = {"prompt": everywhere.texts[0], "vllm_xargs": {**STEER, "gate": 0.0}}
+            report = client.post("/v1/completions", json=body_of("completions", asked)).json()["choices"][0][
+                "mnemoscope"
+            ]
+        assert [proof for proof in found.values() if not proof.passed] == []
+        assert "gate as in transformers" in found
+        assert (report["passes"], report["steer"]) == (2, "generalized")
 
 
 STEER = {"steer": "generalized"}

@@ -161,8 +161,9 @@ def check_engine(config: Any) -> None:
     parallel, model = config.parallel_config, config.model_config
     backend, loading = (getattr(one, "value", one) for one in (model.model_impl, config.load_config.load_format))
     given = model.hf_overrides if isinstance(model.hf_overrides, dict) else {}
-    # By the engine, of whole weights: on several ranks each would quantize a part by itself.
+    # By the engine, of whole weights: of several ranks each would quantize a part, GPT-2's are no linear layers here.
     online = (model.quantization, set(given), parallel.tensor_parallel_size) == ("torchao", {QUANTIZATION}, 1)
+    online = online and model.hf_text_config.model_type != "gpt2"
     for name, found, *allowed in (
         ("model_type", model.hf_text_config.model_type, *TRIED),
         ("model_impl", backend, "auto", "vllm"),
@@ -172,7 +173,12 @@ def check_engine(config: Any) -> None:
         # Vectors are bound to the weights and the tokenizer of a folder.
         ("revision", model.revision, None),
         ("tokenizer", model.tokenizer, model.model),
-        ("quantization", None if online else model.quantization, None, f"torchao on one rank, by {QUANTIZATION}"),
+        (
+            "quantization",
+            None if online else model.quantization,
+            None,
+            f"torchao on one rank by {QUANTIZATION}, not of GPT-2",
+        ),
         ("hf_overrides", (not online and model.hf_overrides) or None, None),
         ("use_inductor_graph_partition", config.compilation_config.use_inductor_graph_partition, False),
         ("VLLM_USE_V2_MODEL_RUNNER", int(config.use_v2_model_runner), 0),
