@@ -92,6 +92,6 @@ def read(
             text.stylize(COLOURS[part.verdict], part.span.start, part.span.end)
         Console().print(text, Coloured(line), sep="\n")
         return
-    facts = found.told() | {"model": model, "weights": weights_note(model), "line": line}
-    facts["written_again"] = [{"before": before, "after": after} for before, after in again]
-    say(how.as_json, f"{found.marked(MARKS)}\n{line}", **facts)
+    written_again = [{"before": before, "after": after} for before, after in again]
+    facts = {**found.told(), "model": model, "weights": weights_note(model), "line": line}
+    say(how.as_json, f"{found.marked(MARKS)}\n{line}", **facts, written_again=written_again)

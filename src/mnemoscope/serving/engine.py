@@ -125,8 +125,8 @@ def _configured(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             raise InputError(f"site: {site!r} is split in tensor parallelism; allowed are block, attention, mlp")
         check_adapters(config, [named["adapter"] for named in offered.levers.values() if "adapter" in named])
         between_graphs(config.compilation_config)
-        told: dict[str, Any] = {"run": source, "binding": asdict(binding), "digest": offered.digest}
-        told["quantization"] = (config.model_config.hf_overrides or {}).get(QUANTIZATION)
+        how = (config.model_config.hf_overrides or {}).get(QUANTIZATION)
+        told = {"run": source, "binding": asdict(binding), "digest": offered.digest, "quantization": how}
         config.additional_config = {**extra, ADMITTED: told}
     return config
 
@@ -160,10 +160,10 @@ def check_engine(config: Any) -> None:
     """Raises InputError for what skips hooks (compiled passes, CUDA graphs), misleads them, or was not tried."""
     parallel, model = config.parallel_config, config.model_config
     backend, loading = (getattr(one, "value", one) for one in (model.model_impl, config.load_config.load_format))
-    given = model.hf_overrides if isinstance(model.hf_overrides, dict) else {}
     # By the engine, of whole weights: of several ranks each would quantize a part, GPT-2's are no linear layers here.
-    online = (model.quantization, set(given), parallel.tensor_parallel_size) == ("torchao", {QUANTIZATION}, 1)
-    online = online and model.hf_text_config.model_type != "gpt2"
+    given = model.hf_overrides if model.hf_text_config.model_type != "gpt2" else None
+    online = isinstance(given, dict) and (model.quantization, [*given]) == ("torchao", [QUANTIZATION])
+    online = online and parallel.tensor_parallel_size == 1
     for name, found, *allowed in (
         ("model_type", model.hf_text_config.model_type, *TRIED),
         ("model_impl", backend, "auto", "vllm"),

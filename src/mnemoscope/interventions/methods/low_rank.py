@@ -88,9 +88,8 @@ def _vector(bench: Bench, toward: Toward, how: How, labels: Labels) -> SteeringV
 def _learned(sources: Sources, toward: Toward, how: How, labels: Labels, seed: int) -> Edits:
     """A low-rank shift of every token at some layers.
 
-    Adam on what is ``taught`` and ``held``. States are read about their
-    mean, and shifts written, in units of each neuron's spread. Passes are in bfloat16 where that is quicker (three
-    times on a processor that has it); the shift is applied and judged in float32.
+    Adam on what is ``taught`` and ``held``. States are read about their mean, and shifts written, in units of each
+    neuron's spread. Passes are in bfloat16 where that is quicker; the shift is applied and judged in float32.
     """
     lists, layers = sources.lists, how.layers
     drawn = np.random.default_rng(seed).normal(size=(len(layers), how.rank, sources.shape_LD[1]))
