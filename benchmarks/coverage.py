@@ -105,9 +105,7 @@ def main() -> None:
             found = covered(groups, log_odds, repeats, 0)
             numbers = " | ".join(f"{found[name]:.3f}" for name in ("shift", "control", "difference", "more"))
             print(f"| {groups} | {rate(log_odds, 1.0):.2f} | {numbers} |", flush=True)
-    print(
-        "\n| draws, of 40 groups | rate | control | difference | its width | null more |\n|---|---|---|---|---|---|"
-    )
+    print("\n| draws, of 40 groups | rate | control | difference | its width | null more |\n|---|---|---|---|---|---|")
     for log_odds in (-2.0, -1.0):
         for draws in FEWER:
             found = covered(40, log_odds, repeats, 3, draws)

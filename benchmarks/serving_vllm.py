@@ -20,7 +20,6 @@ import httpx
 import numpy as np
 from rounds import ratios, seconds_of
 
-from mnemoscope.face.fitted import Fitted
 from test_vllm import Material, serving
 
 PLAIN, UNSTEERED = "vLLM without the plugin", "with it, nobody steered"
@@ -37,15 +36,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--servers", type=int, default=2, help="of each kind; they differ more than it costs")
-    parser.add_argument("--dtype", default="float32", help="four servers of Qwen2.5 0.5B need 21 GB in float32")
+    parser.add_argument("--dtype", default="float32", help="of the servers")
     parser.add_argument("--eager", action="store_true", help="no compiled passes")
     parser.add_argument("--adapters", action="store_true", help="of these alone, which need servers of their own")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder, ExitStack() as opened:
         out = Path(folder)
         material = Material.make(out, arguments.model, low_rank=["memorized"], adapters=arguments.adapters)
-        fitted = material.fitted()
-        rows = [fitted.inputs([text]).input_ids[0].tolist() for text in material.texts]
+        rows, gate = _rows_and_gate(material)
         prompts = [rows[n % len(rows)] for n in range(arguments.requests)]
         body = {"model": "served", "prompt": prompts, "max_tokens": arguments.tokens, "ignore_eos": True}
         flags = ("--dtype", arguments.dtype, *(("--enforce-eager",) if arguments.eager else ()))
@@ -54,7 +52,7 @@ def main() -> None:
             servers = (*flags, *ADAPTERS), ("--lora-modules", f"own={own}")
             settings = {OURS: {"steer": "generalized", "lever": "adapter"}}
         else:
-            servers, settings = (flags, ()), _settings(fitted, material)
+            servers, settings = (flags, ()), _settings(gate)
         ways: dict[str, Way] = {}
         for n in range(arguments.servers):
             plain = opened.enter_context(serving(material, out / f"plain{n}.log", *sum(servers, ()), plugin=False))
@@ -69,9 +67,15 @@ def main() -> None:
     _print(seconds, arguments.requests * arguments.tokens)
 
 
-def _settings(fitted: Fitted, material: Material) -> dict[str, dict[str, Any]]:
+def _rows_and_gate(material: Material) -> tuple[list[list[int]], float]:
+    """Token ids of the prompts, and a gate that half of them pass; the model is gone before the servers come."""
+    fitted = material.fitted()
+    found = replace(fitted, detector=fitted.lower_detector).detect(material.texts)
+    return [fitted.inputs([text]).input_ids[0].tolist() for text in material.texts], float(np.median(found.p_memorized))
+
+
+def _settings(gate: float) -> dict[str, dict[str, Any]]:
     """What everybody asks for, by name."""
-    gate = float(np.median(replace(fitted, detector=fitted.lower_detector).detect(material.texts).p_memorized))
     return {
         "steered by a shift": {"steer": "generalized"},
         "steered by an edit": {"steer": "memorized"},

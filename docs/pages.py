@@ -9,8 +9,8 @@ import sys
 from functools import partial
 
 import arena
-import judged
 import printing
+import reading
 import records
 import study
 
@@ -18,7 +18,7 @@ PAGES = {
     "STUDY": study.page,
     "RECORDS": records.page,
     "ARENA": arena.published,
-    "READING": partial(judged.published, "reading"),
+    "READING": reading.published,
     "GALLERY": partial(printing.page, "gallery"),
     "REVIEW": partial(printing.page, "review"),
     "CLAIMS": partial(printing.page, "claims"),

@@ -191,6 +191,7 @@ def test_its_server_scales_an_adapter_by_request(tmp_path: Path) -> None:
     ):
         try:
             while client.get("/health").status_code != 200:
+                assert process.poll() is None
                 time.sleep(0.1)
             for scale in (1.0, 0.5, 0.0):
                 client.post("/lora-adapters", json=[{"id": 0, "scale": scale}]).raise_for_status()

@@ -290,6 +290,9 @@ class TestAtStart:
             ("max_loras", {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}),
         ]
         EngineArgs(**opened, **torchao).create_engine_config()
+        other = of_family("gpt2", tmp_path / "other")
+        another = {"model": str(other.folder), "additional_config": {"mnemoscope": str(other.run)}}
+        wrong.append(("quantization", another | torchao))
         for field, flags in wrong:
             with pytest.raises(InputError, match=rf"^{field}: .*allowed"):
                 EngineArgs(**opened | flags).create_engine_config()
@@ -305,12 +308,10 @@ class TestAtStart:
             quantize(fitted.model, how)
             found = proven(client, fitted, everywhere.texts)
             asked = {"prompt": everywhere.texts[0], "vllm_xargs": {**STEER, "gate": 0.0}}
-            report = client.post("/v1/completions", json=body_of("completions", asked)).json()["choices"][0][
-                "mnemoscope"
-            ]
+            (choice,) = client.post("/v1/completions", json=body_of("completions", asked)).json()["choices"]
         assert [proof for proof in found.values() if not proof.passed] == []
         assert "gate as in transformers" in found
-        assert (report["passes"], report["steer"]) == (2, "generalized")
+        assert (choice["mnemoscope"]["passes"], choice["mnemoscope"]["steer"]) == (2, "generalized")
 
 
 STEER = {"steer": "generalized"}

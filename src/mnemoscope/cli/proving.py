@@ -41,7 +41,7 @@ def prove_server(
     server, named = Server(url), model or _model_of(source)
     opened = open_model(named, how)
     fitted, texts, found = Fitted.open(source, *opened), prompts or _prompts_of(source), []
-    binding = Binding.of(*opened)
+    binding = Binding.of(*opened) if certified else None  # of whole weights
     if server.quantization:
         quantize(opened[0], server.quantization)
     for proof in prove(server.ask, fitted, texts, server.room, long or LONG):
@@ -50,7 +50,7 @@ def prove_server(
             typer.echo(proof)
     ratios = cost(server.ask, fitted, texts)
     well, median, written = all(proof.passed for proof in found), statistics.median(ratios), list[Path]()
-    if certified and well:
+    if binding and well:
         precision = str(opened[0].dtype).removeprefix("torch.") + (" quantized" if server.quantization else "")
         written = certify(source, binding, server.engine, precision, found)
     about: dict[str, Any] = {"server": server.url, "engine": server.engine, "model": named}

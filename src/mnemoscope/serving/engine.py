@@ -160,10 +160,10 @@ def check_engine(config: Any) -> None:
     """Raises InputError for what skips hooks (compiled passes, CUDA graphs), misleads them, or was not tried."""
     parallel, model = config.parallel_config, config.model_config
     backend, loading = (getattr(one, "value", one) for one in (model.model_impl, config.load_config.load_format))
-    # By the engine, of whole weights: of several ranks each would quantize a part, GPT-2's are no linear layers here.
-    given = model.hf_overrides if model.hf_text_config.model_type != "gpt2" else None
-    online = isinstance(given, dict) and (model.quantization, [*given]) == ("torchao", [QUANTIZATION])
-    online = online and parallel.tensor_parallel_size == 1
+    # Several ranks would quantize a part of the weights each; those of GPT-2 are no linear layers in transformers.
+    alike = parallel.tensor_parallel_size == 1 and model.hf_text_config.model_type != "gpt2"
+    given = model.hf_overrides if isinstance(model.hf_overrides, dict) else {}
+    online = alike and model.quantization == "torchao" and set(given) == {QUANTIZATION}
     for name, found, *allowed in (
         ("model_type", model.hf_text_config.model_type, *TRIED),
         ("model_impl", backend, "auto", "vllm"),
@@ -173,12 +173,7 @@ def check_engine(config: Any) -> None:
         # Vectors are bound to the weights and the tokenizer of a folder.
         ("revision", model.revision, None),
         ("tokenizer", model.tokenizer, model.model),
-        (
-            "quantization",
-            None if online else model.quantization,
-            None,
-            f"torchao on one rank by {QUANTIZATION}, not of GPT-2",
-        ),
+        ("quantization", None if online else model.quantization, None, f"torchao by {QUANTIZATION} on one rank"),
         ("hf_overrides", (not online and model.hf_overrides) or None, None),
         ("use_inductor_graph_partition", config.compilation_config.use_inductor_graph_partition, False),
         ("VLLM_USE_V2_MODEL_RUNNER", int(config.use_v2_model_runner), 0),

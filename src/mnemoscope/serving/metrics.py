@@ -66,6 +66,7 @@ def state_of(offered: Offered | None) -> dict[str, Any]:
         "levers": {toward: list(named) for toward, named in offered.levers.items()},
         "detectors": list(offered.detectors),
         "reader": offered.reader is not None,
-        **{name: getattr(offered, name) for name in ("digest", "quantization")},
+        "digest": offered.digest,
+        "quantization": offered.quantization,
         "binding": asdict(binding) if binding else None,
     }

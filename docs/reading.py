@@ -1,7 +1,7 @@
-"""Pages of what readers and audits find: ``python docs/judged.py reading OUT... [--keep docs/results/reading.json]``.
+"""What readers find, as a page: ``python docs/reading.py OUT... [--keep docs/results/reading.json]``.
 
-Each OUT is a folder of ``benchmarks/origins.py``, after ``fit`` and ``carry``, or of ``benchmarks/planted.py``.
-What is kept are their JSON files, by the names of the folders.
+Each OUT is a folder of ``benchmarks/origins.py``, after ``fit`` and ``carry``, whose name is that of the model. What is
+kept are the JSON files of both.
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ READERS = {
     "logp": "log probability of the token",
     "the input": "embeddings of the input alone",
 }
-MEASURES = {"score": "ours", "sooner": "ours, costs alone", "min-k": "Min-K%", "min-k++": "Min-K%++"}
-TIMES = ("1", "2", "4", "8", "16")
-FILES = {"reading": ("fit", "carry"), "audit": ("planted",)}
+PARTS = ("fit", "carry")
 
 
-def reading(runs: Mapping[str, Mapping[str, Found]]) -> printing.Sections:
+def sections_of(runs: Mapping[str, Mapping[str, Found]]) -> printing.Sections:
     """Of each run what tells the document from memory, then classes, then the same readers elsewhere."""
     sections: dict[str, list[str | printing.Table]] = {}
     for name, run in runs.items():
@@ -38,7 +36,11 @@ def reading(runs: Mapping[str, Mapping[str, Found]]) -> printing.Sections:
             [said, area(run["fit"][key]), "" if key == "ours" else ahead(run["fit"][key])]
             for key, said in READERS.items()
         ]
-        columns = ["what tells the document from memory", "AUROC (from)", "the reader is ahead by"]
+        columns = [
+            "what tells the document from memory",
+            "AUROC (lower end of its 95 % interval)",
+            "the reader is ahead by",
+        ]
         sections[f"{name}, relations that were not fitted on"] = [printing.table(columns, rows)]
     columns = ["model", "document, memory, neither", "macro-F1", "calibration error", "swaps agree", "AUROC of tokens"]
     rows = [[name, *classes(run["fit"])] for name, run in runs.items()]
@@ -48,9 +50,9 @@ def reading(runs: Mapping[str, Mapping[str, Found]]) -> printing.Sections:
         for name, run in runs.items()
         for where in ("passages", "long")
     ]
-    columns = ["model", "texts", *columns[1:4], "AUROC (from)"]
+    columns = ["model", "texts", *columns[1:4], "AUROC (lower end of its 95 % interval)"]
     sections["Elsewhere"] = [
-        "The same readers on passages of a search engine's questions, and on documents of two thousand tokens.",
+        "The same readers on passages of nq_synth, and on long documents, of two thousand tokens.",
         printing.table(columns, rows),
     ]
     rows = [[name, *written(run["carry"]["written again"])] for name, run in runs.items()]
@@ -88,52 +90,19 @@ def written(of: Found) -> list[str]:
     return [*shares, f"{of['nats a token more']:+.3f}"]
 
 
-def audit(runs: Mapping[str, Mapping[str, Found]]) -> printing.Sections:
-    """Of each run AUROC by how often items were taught, and who is accused."""
-    sections: dict[str, list[str | printing.Table]] = {}
-    for name, run in runs.items():
-        compared = run["planted"]["planted, compared"]
-        rows = [
-            [MEASURES.get(measure, measure), *(f"{of[f'{n} times']:.2f}" for n in TIMES), *told(measure, of)]
-            for measure, of in compared.items()
-        ]
-        columns = ["measure", *(f"{n} times" for n in TIMES), "4 and more", "found at 1 % false", "ours is ahead by"]
-        accused = [
-            [checkpoint, *(f"{run['planted'][f'{checkpoint} answers']['accused'][n]:.2f}" for n in ("0", *TIMES))]
-            for checkpoint in ("planted", "twin")
-        ]
-        sections[name] = [
-            printing.table(columns, rows),
-            "Share that is called recited, of the checkpoint and of its twin, by how often an item was taught:",
-            printing.table(["checkpoint", "never", *TIMES], accused),
-        ]
-    return sections
-
-
-def told(measure: str, of: Found) -> list[str]:
-    """Items that were taught often, by a measure, and how much ours is ahead."""
-    lead = f"{of['ours ahead by']:+.3f} ({of['low']:+.3f} to {of['high']:+.3f})"
-    return [f"{of['often']:.3f}", f"{of['found at 1 % false']:.2f}", "" if measure == "score" else lead]
-
-
-def published(name: str) -> str:
+def published() -> str:
     """The page of what is published."""
-    runs = json.loads((printing.FOLDER / "results" / f"{name}.json").read_text())
-    return printing.page(name, {"reading": reading, "audit": audit}[name](runs))
+    return printing.page("reading", sections_of(json.loads((printing.FOLDER / "results" / "reading.json").read_text())))
 
 
 def main() -> None:
-    """Read the command line."""
+    """Print the page of some runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=list(FILES))
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--keep", type=Path, help="keep the runs for the site")
     asked = parser.parse_args()
-    runs = {
-        run.name: {file: json.loads((run / f"{file}.json").read_text()) for file in FILES[asked.name]}
-        for run in asked.runs
-    }
-    print(printing.page(asked.name, {"reading": reading, "audit": audit}[asked.name](runs)))
+    runs = {run.name: {part: json.loads((run / f"{part}.json").read_text()) for part in PARTS} for run in asked.runs}
+    print(printing.page("reading", sections_of(runs)))
     if asked.keep is not None:
         lines = [f"{json.dumps(name)}: {json.dumps(run)}" for name, run in runs.items()]
         asked.keep.write_text("{\n" + ",\n".join(lines) + "\n}\n")
