@@ -14,10 +14,10 @@ Way = Callable[[], object]
 def seconds_of(ways: Mapping[str, Way], rounds: int) -> dict[str, np.ndarray]:
     """Seconds of each way, one per round; the first round, in which everything warms up, is left out."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
-    for number in range(rounds + 1):
-        # Each goes first in turn, and none pays for what another left behind.
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+    names, rng = list(ways), np.random.default_rng(0)
+    for _ in range(rounds + 1):
+        # None goes first, or behind the same other one, in every round.
+        for name in rng.permutation(names).tolist():
             way = ways[name]
             gc.collect()
             began = time.perf_counter()
