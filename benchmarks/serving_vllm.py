@@ -54,9 +54,14 @@ def main() -> None:
         else:
             servers, settings = (flags, ()), _settings(gate)
         ways: dict[str, Way] = {}
+        kinds = [(False, sum(servers, ())), (True, servers[0])]
         for n in range(arguments.servers):
-            plain = opened.enter_context(serving(material, out / f"plain{n}.log", *sum(servers, ()), plugin=False))
-            client = opened.enter_context(serving(material, out / f"plugin{n}.log", *servers[0]))
+            clients = {
+                plugin: opened.enter_context(serving(material, out / f"{plugin}{n}.log", *some, plugin=plugin))
+                for plugin, some in kinds
+            }
+            plain, client = clients[False], clients[True]
+            kinds.reverse()  # what starts later has less memory left
             ways[f"{PLAIN} {n}"] = partial(_answer, plain, body)
             if arguments.adapters:
                 ways[f"{OWN} {n}"] = partial(_answer, plain, {**body, "model": "own"})
