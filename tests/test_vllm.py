@@ -361,12 +361,14 @@ class OnServer:
     NAME = ""
 
     def test_two_proofs_at_once_pass(self, client: httpx.Client, material: Material) -> None:
-        halves = material.texts[::2], material.texts[1::2]
-        fitted = [material.fitted() for _ in halves]
         with ThreadPoolExecutor(2) as both:
-            found = list(both.map(lambda n: proven(client, fitted[n], halves[n]), range(2)))
-        assert [[name for name, proof in one.items() if not proof.passed] for one in found] == [[], []]
-        assert [len(one) for one in found] == [10, 10]
+            proofs = [both.submit(proven, client, material.fitted(), material.texts[n::2]) for n in range(2)]
+            while "preempted" in self.NAME and not all(proof.done() for proof in proofs):
+                # Three answers that cannot all be held, so that something is preempted however the proofs meet.
+                long = {"prompt": [material.texts[0]] * 3, "max_tokens": CONTEXT - 2 * BLOCK, "ignore_eos": True}
+                client.post("/v1/completions", json=body_of("completions", long)).raise_for_status()
+            found = [proof.result() for proof in proofs]
+        assert [[len(one), *(name for name in one if not one[name].passed)] for one in found] == [[10], [10]]
         if "preempted" in self.NAME:
             assert counter(client, "num_preemptions") > 0
         if self.NAME == "as it comes":
