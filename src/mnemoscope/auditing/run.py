@@ -131,7 +131,7 @@ def _form(config: AuditConfig, items: Any) -> Form:
 
 
 def _check_found(rows: pd.DataFrame) -> None:
-    """Raises InputError where most replies hold no answer, or no original is answered right."""
+    """Raises InputError where most replies hold no answer."""
     lacking = rows[rows["found"].isna()]
     if len(lacking) > MOST_LACKING * len(rows):
         shown = "; ".join(repr(reply[-60:]) for reply in lacking["reply"].head(3))

@@ -27,7 +27,7 @@ NOT_EXPORTED = "note: vectors of this fit cannot be exported; --positions all fi
 
 @app.command()
 def run(
-    study: Annotated[str, typer.Argument(help="quickstart, paper, smollm2, or a YAML file.")] = "quickstart",
+    study: Annotated[str, typer.Argument(help="A built-in one (paper, gemma, ...), or a YAML file.")] = "quickstart",
     out: Annotated[Path | None, typer.Option("-o", "--out", help=_RUN, callback=given.of_out)] = None,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds; default: the study's.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="As cells.inference.model.layers=6.")] = None,
