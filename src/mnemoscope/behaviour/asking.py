@@ -242,7 +242,7 @@ def _behind_a_word(tokenizer: PreTrainedTokenizerFast, size: int) -> list[str]:
 
 
 def check_known(asking: Asking, prompts: Sequence[str]) -> None:
-    """Raises InputError where a prompt has a token that the tokenizer does not know; the prompt is named."""
+    """Raises InputError where a prompt has a word for which the tokenizer has no token; both are named."""
     for prompt, row in zip(prompts, asking.tokens([asking.text(prompt) for prompt in prompts]), strict=True):
         if _unknown(asking.tokenizer) in row:
             raise InputError(f"prompt: {_unknown_word(asking.tokenizer, prompt)}")

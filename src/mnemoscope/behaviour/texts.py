@@ -41,7 +41,7 @@ def read_behind(
 ) -> list[Read]:
     """Read texts behind prompts, (tokens of the prompt, tokens of the text) each, in batches of like length.
 
-    ``layers``: blocks whose states are kept. Raises InputError where a text is longer than the model reads.
+    ``layers``: blocks whose states are kept. Raises InputError for an empty prompt or text, or too long ones.
     """
     limit, found = context_length(asking.model), dict[int, Read]()
     for prompt, text in several:

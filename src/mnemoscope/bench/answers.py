@@ -120,7 +120,7 @@ def worded(one: Intervention, prompts: Prompts) -> list[Example]:
 
 @dataclass(frozen=True)
 class Texts:
-    """Generated texts of N prompts, the seconds that each took in its batch, and what they cost the model itself.
+    """Generated texts of N prompts, the mean seconds of one prompt, and what the texts cost the model itself.
 
     ``nats_N``: mean cost a token under the model without an intervention, behind the prompt as it was asked; NaN where
     it was not measured.
@@ -153,7 +153,7 @@ def answered(one: Intervention, prompts: Prompts, tokens: int = 20) -> list[str]
 
 
 def texts_of(one: Intervention, prompts: Prompts, tokens: int, measured: float = math.inf) -> Texts:
-    """Generate greedily behind prompts under an intervention; what came out first, about ``measured``, is measured."""
+    """Generate greedily behind prompts under an intervention; the cost of about the first ``measured`` is computed."""
     model, tokenizer = prompts.asking.model, prompts.asking.tokenizer
     texts, nats, repeated, seconds = list[str](), list[float](), list[float](), 0.0
     for ids_NT, mask_NT, width, took in _generated(one, prompts, tokens):
@@ -212,7 +212,7 @@ def _repeated(ids: Sequence[int]) -> float:
 def is_exact(text: str, answer: str) -> bool:
     """Whether the first line of a text is an answer, but for case, punctuation, articles and spaces.
 
-    The normal form is that of SQuAD (Rajpurkar et al. 2016), as papers on knowledge conflicts count exact match.
+    The normal form is that of SQuAD (Rajpurkar et al. 2016), but punctuation becomes a space instead of nothing.
     """
     first = next(iter(text.strip().splitlines()), "")
     return _normal(first) == _normal(answer)

@@ -42,11 +42,11 @@ class Rule:
     """Limits of a setting's side effects, and how many controls are drawn.
 
     Attributes:
-        lost: share that loses its answer, of any list that should keep it, from which on a setting comes last.
+        lost: share that loses its answer, of any list that should keep it, beyond which a setting comes last.
         neither: the same of targets that give neither answer.
         control: share that a control steers, beyond which each point costs ``excess`` points.
         draws, refits: of each control, and of those that are fitted again, which cost most; 0: none.
-        errors: settings within so many standard errors of the best one count as good; 0: the best one alone.
+        errors: settings within so many standard errors of the best one count as equally good; 0: the best one alone.
         names: of the controls.
         roughly: whether passes over whole prompts are in bfloat16 where that is quicker.
     """
@@ -182,7 +182,7 @@ def confirmed(
 
 
 def searched_on(bench: Bench, lists: Lists, best: Tuned, rule: Rule) -> tuple[Tuned, bool]:
-    """The best setting, or a stronger or weaker form of it that is better on tune: no grid ends where its choice is.
+    """The best setting, or a stronger or weaker form of it that is better on tune, also beyond the grid of its method.
 
     And whether the last form that was tried was still better than all before it.
     """

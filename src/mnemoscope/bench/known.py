@@ -24,7 +24,7 @@ class Known:
 
 
 def ask_known(asking: Asking, task: Task) -> Known:
-    """Ask every item bare behind either of two sentences about something else, where the task has such questions.
+    """Ask every item bare behind each of two sentences about something else, where the task has such questions.
 
     Known is what memory answers behind one of them. The bare question alone is what leaving out the text asks: were
     items chosen by it, no method could do better.

@@ -97,7 +97,7 @@ class Bench:
 
     @property
     def has_bares(self) -> bool:
-        """Whether every conflict has a bare question."""
+        """Whether every tune conflict has a bare question."""
         return all(bare is not None for bare in self.tune_conflicts.bares)
 
     def sources(self, site: Site, unit: Unit = "norm") -> Sources:
@@ -121,7 +121,7 @@ def fit_lists(
     """Fit lists with prefixes; a list that is given for both directions is prepared once.
 
     Args:
-        targets, conflicts: phrasings of pairs, and other conflicts, that answer the other way.
+        targets, conflicts: phrasings of pairs that answer the other way, and other conflicts.
         kept: lists whose answers should stay, which are learned from in turn.
         facts: other fields of ``FitLists``.
     """
@@ -283,7 +283,7 @@ def _lists(asking: Asking, task: Task, split: Split, conflicts: int, kept: int, 
 
 
 def told_by_answers(bench: DrawnBench) -> float | None:
-    """Share of test conflicts whose memorized answer is told by how often answers were that in fit conflicts.
+    """Share of test conflicts whose memorized answer, of the two, has the higher odds to be memorized in fit conflicts.
 
     Nothing but the two answers is seen, so 0.5 is what a set should give; None where there is no fit split.
     """

@@ -44,7 +44,7 @@ class Prompts:
 
     @classmethod
     def free(cls, asking: Asking, prompts: Sequence[str], bares: Sequence[str] | None = None) -> Prompts:
-        """Prompts to be answered freely; without their bare questions these are what ``bare_of`` finds."""
+        """Prompts to be answered freely; ``bares``: their bare questions, default: those that ``bare_of`` finds."""
         examples = [Example("asked", prompt, "novel", "asked", answer=" ") for prompt in prompts]
         if bares is None:
             return cls(asking, examples, [bare_of(example) for example in examples])

@@ -67,7 +67,7 @@ class Trial:
     """Fits, chooses and judges methods on the frame, which each process makes for itself.
 
     Attributes:
-        source: of the model, for other processes, and how it is opened; None: it is open.
+        source: name or path of the model, for other processes, which open it with ``opening``; None: it is open.
         levers: folder for what is fitted; ``elsewhere``: by name, what was fitted in other arenas.
         known: what the model answers by heart, once it was asked.
     """

@@ -1,4 +1,4 @@
-"""Lists of changed test prompts, on which a method should hold as well; paraphrases are in wordings that are fitted."""
+"""Lists of changed test prompts, on which a method should hold as well; paraphrases are drawn as those of the fit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Found = list[tuple[Example, Example | None]]  # examples with their bare questio
 
 
 def varied_lists(bench: DrawnBench) -> dict[str, Prompts]:
-    """By name, the lists of changed prompts that this task allows: the same number of test conflicts each."""
+    """By name, the lists of changed prompts that this task allows: ``varied`` test conflicts each, at most."""
     n = bench.config.varied
     if not n:
         return {}
@@ -62,7 +62,7 @@ def _begun(example: Example, beginning: str) -> Example:
 
 
 def _readable(bench: DrawnBench, found: Found) -> Prompts | None:
-    """The list, or None where it is empty or a prompt does not fit into the model's context."""
+    """The list, or None where it is empty or a prompt cannot be asked: most often it is longer than the context."""
     try:
         encode(bench.asking, [example for pair in found for example in pair if example])
     except InputError:
@@ -100,7 +100,7 @@ def _long(bench: DrawnBench) -> dict[str, Callable[[str, Example], str]]:
 
 
 def _both(text: str, example: Example) -> str | None:
-    """A text that gives the generalized answer, then the memorized one in the same words; None where it lacks it."""
+    """The text, then again with the memorized answer in it; None where it lacks the generalized one."""
     said, known = (str(answer).strip() for answer in (example.generalized, example.memorized))
     found = list(re.finditer(rf"(?<!\w){re.escape(said)}(?!\w)", text.strip()))
     if not found:

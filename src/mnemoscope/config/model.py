@@ -105,7 +105,7 @@ class HoldConfig(Frozen):
         1.0, ge=0, le=10, description="log odds that the dial moves by distance from the target"
     )
     integral: float = Field(0.2, ge=0, le=10, description="the same of the sum of all distances so far")
-    learned: float = Field(0.9, ge=0, le=1, description="novel accuracy from which on distances count: first the rule")
+    learned: float = Field(0.9, ge=0, le=1, description="novel accuracy from which on distances count")
 
 
 class TrainingConfig(Frozen):
@@ -113,7 +113,7 @@ class TrainingConfig(Frozen):
 
     steps: int = Field(1000, ge=1, description="optimizer steps, at most")
     attempts: int = Field(1, ge=1, le=20, description="trainings, with new weights and data, before it is given up")
-    give_up_at: int | None = Field(None, ge=1, description="step that ends an attempt with novel accuracy below 0.7")
+    give_up_at: int | None = Field(None, ge=1, description="step from which novel accuracy below 0.7 ends an attempt")
     decay_steps: int = Field(0, ge=0, description="last steps, over which the learning rate falls to 2 %")
     batch_size: int = Field(64, ge=1, le=65536, description="instances a step")
     precision: Literal["auto", "float32", "bfloat16"] = Field(

@@ -39,7 +39,7 @@ class PairsConfig(Frozen):
     permutations: int = Field(1000, ge=19, le=100000, description="sign flips behind each p-value")
     batch_size: int = Field(512, ge=1, description="examples per forward pass")
     at_once: int = Field(
-        512, ge=1, description="candidates whose phrasings are asked once; at most 16 passes, unless more are asked for"
+        512, ge=1, description="candidates whose phrasings are asked once; up to 512, no more than 16 passes take"
     )
 
 
@@ -122,7 +122,7 @@ class SteeringConfig(Frozen):
     positions: Literal["decision", "all"] = Field("decision", description="shifted tokens: from the decision on or all")
     fit_pairs: int = Field(600, ge=2, description="fit pairs whose states and gradients make the directions")
     fit_others: int = Field(600, ge=1, description="fit examples of each other list that learned vectors are fitted on")
-    kept_weight: float = Field(1.0, ge=0, le=100, description="of memory and novel examples of learned vectors; or 0")
+    kept_weight: float = Field(1.0, ge=0, le=100, description="of memory and novel examples, for learned vectors")
     kept_kinds: tuple[Literal["memory", "novel"], ...] = Field(
         ("memory", "novel"), description="which of them; novel examples that are read from the prompt teach to read"
     )
@@ -134,13 +134,13 @@ class SteeringConfig(Frozen):
     tune_others: int = Field(200, ge=1, description="tune examples of each other list")
     judged_examples: int = Field(500, ge=1, description="phrasings of test pairs, and examples of each other list")
     control_limit: float = Field(0.18, ge=0, le=1, description="steered share beyond which a control costs dearly")
-    neither_limit: float = Field(1.0, ge=0, le=1, description="the same where more of the steered give neither answer")
+    neither_limit: float = Field(1.0, ge=0, le=1, description="settings with more answers of neither kind come last")
     screened: int = Field(
         0,
         ge=0,
         description="tune examples of a first look, from which a quarter of the settings goes on; 0: no such look",
     )
-    excess_cost: float = Field(2.0, ge=0.5, le=100, description="points of shift that a point beyond that limit costs")
+    excess_cost: float = Field(2.0, ge=0.5, le=100, description="points of shift that one beyond `control_limit` costs")
     collateral_limit: float = Field(0.03, ge=0, le=1, description="settings that cost more of other lists come last")
     draws: int = Field(20, ge=1, description="draws of each control of the best vector")
     other_draws: int = Field(8, ge=1, description="draws of each control of other methods' vectors, at most `draws`")

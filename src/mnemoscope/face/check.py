@@ -91,7 +91,7 @@ def check_task(asking: Asking, task: Task, seed: int = 0) -> Checked:
     """Label a sample of a task.
 
     Raises:
-        InputError: nothing is known bare where conflicts need it, or the task has no conflict.
+        InputError: nothing is known bare where conflicts need it, or the test split has no conflict.
     """
     begun, tokens = time.perf_counter(), 0
     rng = np.random.default_rng(seed)
@@ -134,7 +134,7 @@ def check_task(asking: Asking, task: Task, seed: int = 0) -> Checked:
 
 
 def _groups_judged(drawn: int, sample: Sequence[Example], labels: np.ndarray, behaviour: str) -> int:
-    """About how many groups a fit judges that show a behaviour, as it draws so many test conflicts.
+    """About how many groups that show a behaviour a fit judges, where it draws so many conflicts of a split.
 
     Groups of the sample that is labelled grow as conflicts do; of a behaviour only some conflicts are judged.
     """

@@ -50,7 +50,7 @@ PROMPTS = (
     "2 + 2 =",
     "Once upon a time there was a king who had three daughters, and the youngest of them",
 )
-# The largest difference of logits that counts as equal, in units of the logits' own size, by precision.
+# The largest difference that counts as equal, by precision; of logits above 10 it grows with a tenth of the largest.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02, torch.float64: 1e-9}
 DECODED = 6  # tokens behind each prompt
 STRENGTH = 0.3  # of the random shift, relative to the norm of the states
@@ -83,7 +83,7 @@ def examine(
 ) -> Iterator[Check]:
     """Check a model, one property after another, on at least two prompts of different lengths in tokens.
 
-    Raises InputError where the prompts have one length, or the model has no known layout.
+    Raises InputError where a prompt is empty or too long, all have one length, or the model has no known layout.
     """
     layout_of(model)
     patient = _Patient(model, tokenizer, [tokenizer(prompt).input_ids for prompt in prompts])

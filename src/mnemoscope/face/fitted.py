@@ -55,8 +55,8 @@ def fit(
         out: the run folder; an interrupted fit continues there.
         prompting: the format of prompts.
         options: of a task that is given by name.
-        choices: ``levers``, ``settings``, ``positions``, ``aim``, ``lost``, ``neither``, ``threads``, ``progress`` and,
-            for a name, ``dtype``, ``device_map`` and ``layout``; see ``mnemoscope.face.fitting.fit_run``.
+        choices: ``levers``, ``settings``, ``positions``, ``aim``, ``lost``, ``neither``, ``threads``, ``progress``,
+            ``layout``; for a name ``dtype``, ``device_map`` and ``workers``; see ``mnemoscope.face.fitting.fit_run``.
 
     Raises:
         InputError: an argument cannot be used; the field, its value and what is allowed are named.

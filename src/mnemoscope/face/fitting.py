@@ -46,12 +46,12 @@ def full_draw(task: Task, seed: int = 0) -> list[Example]:
 
 
 def seconds_of(each: float, tokens: float) -> float:
-    """How long a fit takes that reads so many ``tokens``, where a pass takes ``each`` second for one of them."""
+    """Seconds of a fit that reads so many ``tokens``, where a pass takes ``each`` seconds for one of them."""
     return each * (PASSES * tokens + LEARNED_FROM) + REPORTING
 
 
 def tokens_in(asking: Asking, examples: Sequence[Example]) -> int:
-    """Tokens of prompts."""
+    """The number of tokens of all prompts."""
     return sum(map(len, asking.tokens([asking.text(example.prompt) for example in examples]))) if examples else 0
 
 
@@ -68,10 +68,10 @@ def fit_run(
 
     Args:
         chosen: fields of ``Choices`` (``threads``: default one for each processor); ``progress``, True to show how far
-            it is, or what is called with (cell, stage, done, total, note); and for a model and a task given by name
-            ``dtype``, ``device_map`` and ``layout``, and ``workers``: processes with so many threads and a copy of the
-            model each, where memory has room for them (default: 1, which has all threads; a script that asks for more
-            must be one that ``multiprocessing`` can import).
+            it is, or what is called with (cell, stage, done, total, note); ``layout``; for a model given by name
+            ``dtype`` and ``device_map``; with a task given by name ``workers``, too: processes with so many threads
+            and a copy of the model each, where memory has room for them (default: 1, which has all threads; a script
+            that asks for more must be one that ``multiprocessing`` can import).
 
     Raises:
         InputError, StudyError: see ``mnemoscope.fit``.

@@ -71,8 +71,8 @@ def rewritten(
 def _of_document(asking: Asking, asked: Asked, before: str, kind: str, said: str) -> str:
     """The name or number of the document whose likelihood behind an answer's beginning it raises most, or ``said``.
 
-    Scored as context-aware decoding does, ``2 * with - without`` (Shi et al. 2023, arXiv 2305.14739): by first tokens,
-    and where several begin with the same, as a whole. What the question or the answer says already is left out.
+    First tokens are scored as in context-aware decoding, ``2 * with - without`` (Shi et al. 2023, arXiv 2305.14739); of
+    several with the same first token the likeliest counts. What the question or the answer says already is left out.
     """
     there = dict.fromkeys(span.of(asked.document) for span in spans_of(asked.document) if span.kind == kind)
     names = [one for one in there if not mentions(asked.bare, one) and not mentions(before, one)]

@@ -92,7 +92,7 @@ class Adapter(Intervention):
         return super().facts() | {"strength": 1.0}
 
     def save(self, path: str | Path) -> list[Path]:
-        """Write a folder that peft opens: tensors, our JSON, and peft's configuration; its tensors name it, too."""
+        """Write a folder that peft opens: tensors, our JSON, peft's configuration; ``path`` names it or its tensors."""
         path = Path(path).parent if Path(path).name == ADAPTED else Path(path)
         folder = path.with_suffix("") if path.suffix == ".safetensors" else path
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from mnemoscope.runs.errors import InputError
 class Decoding(Intervention):
     """Logits that ``joined(first_NMV, other_NMV, **weights)`` of the method's module makes of two passes.
 
-    ``first`` is the side to be followed; weights are all of ``setting`` but its contrast. ``alpha``: how far logits go
+    ``first`` is the side to be followed; weights: ``setting`` without contrast and scale. ``alpha``: how far logits go
     from the prompt's own to the joined ones. A module with ``watched(model)`` is given what it saw in either pass too.
     """
 

@@ -128,7 +128,7 @@ class Held(Edit):
     PARTS: ClassVar[tuple[str, ...]] = ("value", "share")
 
     def added(self, states_NTD: Tensor) -> Tensor:
-        """What lacks to the values."""
+        """The difference to the values, times the share."""
         return self.share_D * (self.value_D - states_NTD)
 
     def changed(self, states_NTD: Tensor) -> Tensor:

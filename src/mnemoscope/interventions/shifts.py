@@ -129,7 +129,7 @@ def spread_layers(bench: Bench, n: int) -> list[int]:
 
 
 def norm_of(vector: SteeringVector, sources: Sources) -> float:
-    """How far a vector moves the fit pairs' states: the root mean square, in units of their norm, over all layers."""
+    """How far a vector moves the fit pairs' states: root mean square in units of their norm, all layers together."""
     squares = 0.0
     for layer, edits in vector.edits.items():
         states_ND = torch.from_numpy(sources.states_P2LD[:, :, layer]).flatten(0, 1)

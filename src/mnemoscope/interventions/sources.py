@@ -72,14 +72,14 @@ class FitLists:
 
     asking: Asking
     pairs: Mapping[Toward, Sequence[Batch]]  # phrasings of pairs that answer the other way
-    conflicts: Mapping[Toward, Sequence[Batch]]  # other conflicts that do
+    conflicts: Mapping[Toward, Sequence[Batch]]  # other conflicts: of a study those that do, of an arena all
     kept: Mapping[Toward, Sequence[Batch]]  # memory and novel examples whose answers should stay
     held: Sequence[Batch] = ()  # what should stay, answered right or not; none: ``kept``
     kept_weight: float = 1.0  # of these in the objective of learned vectors
-    steps: int = 20  # of the ascent of learned vectors
+    steps: int = 20  # of whatever is learned by gradients, except low-rank shifts
     items: Mapping[Toward, tuple[Sequence[str], Sequence[str]]] = field(default_factory=dict)  # names of both
     bare: tuple[Sequence[Example], Sequence[Example]] | None = None  # bare questions of both towards memory; None: none
-    low_rank_steps: int = 60
+    low_rank_steps: int = 60  # of low-rank shifts
 
     def can_permute(self) -> bool:
         """Whether every item can be given an answer of another that is neither of its own."""

@@ -39,7 +39,7 @@ class SteeringVector(Intervention):
         top, strength: how it was fitted; for the reader. ``unit``: what strength is counted in, the ``norm`` of the
             layer's states or each neuron's ``spread``.
         begin_alike: share of the prompts it was fitted on whose two answers begin with the same tokens. Their decision
-            position is the last of these, where ``apply`` starts at the last token of the prompt.
+            position is the last of these, but ``apply`` starts at the last token of the prompt.
         opening: token ids that begin every prompt of the chat template; empty without one.
     """
 

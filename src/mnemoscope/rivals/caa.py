@@ -24,7 +24,7 @@ LAYERS = 8
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
-    """Every layer and factor; InputError with too few pairs."""
+    """Every layer and factor."""
     shift_LD = torch.from_numpy(toward.sign * differences(bench))
     return [
         SteeringVector(

@@ -29,7 +29,7 @@ COUNTS = (5, 10)  # heads of either kind
 UP = (0.0, 0.5, 1.0, 3.0, 5.0)
 DOWN = (0.0, 1.0, 3.0)
 SETTINGS = [(count, up, down) for count, up, down in product(COUNTS, UP, DOWN) if up or down]
-TRIED = (1.0, 3.0, 5.0, 10.0, 30.0, -1.0, -2.0, -5.0)  # what a head's output is multiplied with, beside itself
+TRIED = (1.0, 3.0, 5.0, 10.0, 30.0, -1.0, -2.0, -5.0)  # multiples of a head's output that are added to it
 EXAMPLES = 4  # of each set, as in the paper
 
 

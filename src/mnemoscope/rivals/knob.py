@@ -53,7 +53,7 @@ def learned(bench: Bench, layer: int) -> Tensor:
 
     Adam on the log probability of the other answer under the other side's coordinate, from the mean difference on.
 
-    The gradient is that by the coordinates of the state in units of its norm, so that one rate fits every model.
+    The vector that is applied always has norm 1, so one rate fits every model.
     """
     states_P2D = torch.from_numpy(bench.sources("block").states_P2LD[:, :, layer]).float()
     raw_D = (states_P2D[:, 0] - states_P2D[:, 1]).mean(0)
