@@ -325,6 +325,7 @@ def test_what_a_fit_cannot_take_is_one_line(user: User, tmp_path: Path) -> None:
         ((model, words), {}, "task: None; give a JSONL file"),
         ((model, words, "facts"), {"colour": 1}, "colour: fit has no such argument; it has settings, threads"),
         ((model, words, "facts"), {"workers": 2}, "workers: 2; allowed is 1, or more where model and task are given"),
+        ((model, words, "facts"), {"dtype": "bfloat16"}, "dtype: 'bfloat16'; not for an open model, which is as it is"),
         ((model, words, "nowhere.jsonl"), {}, absent),
         ((user.folder, None, "nowhere.jsonl"), {}, absent),
         ((user.folder, None, "facts"), {"settings": ONE_LAYER - 1}, few),

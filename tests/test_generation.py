@@ -112,8 +112,11 @@ def test_a_batch_that_ends_in_padding_is_refused() -> None:
             call(**inputs)
     with vector.apply(model, start=0):  # whoever names the column knows where it is
         model(**inputs)
-    with replace(vector, positions="all").apply(model):
-        model(**inputs)
+    everywhere = []
+    for start in (None, 2):  # what acts on every token does so wherever the decision position is
+        with torch.no_grad(), replace(vector, positions="all").apply(model, start=start):
+            everywhere.append(model(**inputs).logits)
+    assert torch.equal(*everywhere)
 
 
 def test_guesses_behind_a_prompt_need_its_end_said() -> None:

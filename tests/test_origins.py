@@ -33,6 +33,7 @@ from mnemoscope.behaviour import Asking, next_tokens, read_behind
 from mnemoscope.bench.answers import NOTHING
 from mnemoscope.cli import app
 from mnemoscope.config import ModelConfig
+from mnemoscope.face import rewriting
 from mnemoscope.face.rewriting import rewritten
 from mnemoscope.models import build_gpt2, word_tokenizer
 from mnemoscope.report.stories.origins import build_reader
@@ -321,7 +322,9 @@ def test_fitted_reads_and_bad_input_is_one_line(asking: Asking, tmp_path: Path) 
     assert Span(0, 1, "name").of("ab") == "a"
 
 
-def test_what_comes_from_memory_is_written_again(asking: Asking, tmp_path: Path) -> None:
+def test_what_comes_from_memory_is_written_again(
+    asking: Asking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build_gpt2(asking.tokenizer, ModelConfig(layers=4, width=48, heads=2, context=64), 0)
     with torch.no_grad():
         for weight in model.parameters():
@@ -349,6 +352,11 @@ def test_what_comes_from_memory_is_written_again(asking: Asking, tmp_path: Path)
         with torch.no_grad():
             with_K, without_K = (model(row).logits[0, -1].double().log_softmax(-1)[ids] for row in behind)
         assert found.spans[0] == (first.parts[0].span.of(first.answer), there[int((2 * with_K - without_K).argmax())])
+    dumb, plainly = replace(NOTHING), rewriting.answered  # a lever that writes no name
+    monkeypatch.setattr(rewriting, "answered", lambda one, *how: [", and"] if one is dumb else plainly(one, *how))
+    left = rewritten(asking, reader, asked, dumb, 0.5, 9)
+    assert left.spans
+    assert all(said == now for said, now in left.spans)
     with pytest.raises(InputError, match="document: it is empty"):
         fitted.rewrite("the museum is in", "")
     with pytest.raises(InputError, match="threshold: 2; allowed is 0 to 1"):

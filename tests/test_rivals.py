@@ -279,17 +279,24 @@ def test_preference_is_its_formula(bench: DrawnBench) -> None:
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.05)
-    losses = []
+    losses, tokens = list[float](), list[list[list[int]]]()
     for wanted, n in zip(asked.option_N.tolist(), batch.examples_N.tolist(), strict=True):
         example, changes = bench.fit_conflicts.examples[n], []
+        tokens.append([])
         for answer in (example.memorized, example.generalized):
             ids, prompt = ids_of(asking, example.prompt + str(answer)), ids_of(asking, example.prompt)
             rows = [plainly(one, ids).log_softmax(-1) for one in (adapted, bench.asking.model)]
             sums = [sum(float(row[t - 1, ids[t]]) for t in range(len(prompt), len(ids))) for row in rows]
             changes.append(sums[0] - sums[1])
+            tokens[-1].append(ids[len(prompt) :])
         other, chosen = changes if wanted else changes[::-1]
         losses.append(2 / dpo.BETA * math.log1p(math.exp(-dpo.BETA * (chosen - other))))
     assert dpo.preference(asking, asked).item() == pytest.approx(np.mean(losses), abs=1e-3)
+    # As its control is taught: other tokens are wanted in place of the option. They are the option, then its rival.
+    for turn, expected in ((0, np.mean(losses)), (1, 2 / dpo.BETA * math.log(2))):
+        instead = [two[(n + turn) % 2] for two, n in zip(tokens, asked.option_N.tolist(), strict=True)]
+        found = dpo.preference(asking, asked._replace(instead=instead)).item()
+        assert found == pytest.approx(expected, abs=1e-3)
 
 
 def by_hand(asking: Asking, heads: Any, factor: float, start: int = 0) -> Any:

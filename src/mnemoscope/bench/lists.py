@@ -189,7 +189,9 @@ class DrawnBench(Bench):
 
     @property
     def fit_conflicts(self) -> Prompts:
-        """The fit conflicts."""
+        """The fit conflicts; InputError where there is none."""
+        if not len(self.fit["conflict"]):
+            raise InputError("task: its fit split has no conflict")
         return self.fit["conflict"]
 
     @property

@@ -76,18 +76,25 @@ def arena(
         method_module(method)
     methods = [name_of(method) for method in methods] if methods else None
     config = parse_arena(dict(choices.get("sizes") or {}))
-    elsewhere = dict(one for run in choices.get("carry") or () for one in carried(Path(run) / "arena"))
+    carry = [one for run in choices.get("carry") or () for one in carried(Path(run) / "arena")]
+    if len(elsewhere := dict(carry)) < len(carry):
+        raise InputError("carry: two runs are of one task in one format; carry them in arenas of their own")
+    if config.long and not config.varied:
+        raise InputError("varied: 0, and long texts are amid these prompts; allowed is 1 or more")
     made = _task(task, dict(options or {}), config.seed)
     is_open = not isinstance(model, str | Path)
     name = choices.get("name") or (type(model).__name__ if is_open else Path(str(model)).name)
     source, workers, opening = None if is_open else model, choices.get("workers") or 1, choices.get("opening") or {}
     if is_open and workers > 1:
         raise InputError(f"workers: {workers}; an open model is in one process, so give it by name or path")
+    if opening if is_open else tokenizer:
+        given = ("opening", "open") if is_open else ("tokenizer", "by name")
+        raise InputError(f"{given[0]}: not for a model that is given {given[1]}")
     if isinstance(model, str | Path):
         model, tokenizer = load_model(model, **opening)
     if tokenizer is None:
         raise InputError("tokenizer: None; an open model needs its tokenizer (or give the model by name)")
-    prompting = _warned(choices.get("prompting") or PLAIN, tokenizer)
+    prompting = _warned(choices.get("prompting") or PLAIN, tokenizer).of(made)
     asking = Asking(model, tokenizer, made.boundary, prompting=prompting)
     folder, threads, training = Path(out) / "arena", torch.get_num_threads(), model.training
     trial = Trial(asking, source, made, config, prompting, opening, folder / LEVERS, elsewhere)

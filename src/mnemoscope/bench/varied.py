@@ -12,6 +12,7 @@ import numpy as np
 from mnemoscope.behaviour import encode, written
 from mnemoscope.bench.lists import DrawnBench
 from mnemoscope.bench.prompts import ELSEWHERE, Prompts
+from mnemoscope.models import context_length
 from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Example, Task, draw
 
@@ -88,6 +89,8 @@ def _padded(text: str, example: Example) -> str:
 def _long(bench: DrawnBench) -> dict[str, Callable[[str, Example], str]]:
     """A text first, in the middle, or last in a long one that the model wrote itself, without any prompt."""
     asking, tokens = bench.asking, bench.config.long
+    if tokens >= (limit := context_length(asking.model)):
+        raise InputError(f"long: {tokens} tokens; this model reads {limit}")
     ids_T = written(asking, 1, tokens, bench.config.seed + 35)[0, 1:].tolist()
 
     def amid(place: int, text: str, example: Example) -> str:

@@ -33,5 +33,5 @@ class ArenaConfig(Frozen):
     written: int = Field(156, ge=0, description="test conflicts whose answers are generated, for exact match; 0: none")
     tokens: int = Field(12, ge=1, description="that are generated behind each")
     cuts: int = Field(48, ge=0, description="places in neutral text, and generated answers, that are measured; 0: none")
-    following: int = Field(16, ge=1, description="tokens behind each of these places")
+    following: int = Field(16, ge=2, description="tokens behind each of these places")
     batch_size: int = Field(32, ge=1, description="prompts per pass, at most")

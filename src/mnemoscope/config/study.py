@@ -182,7 +182,7 @@ class NeutralConfig(Frozen):
     cuts: int = Field(0, ge=0, description="random places at which steering sets in; 0 leaves it out")
     texts: int = Field(64, ge=2, description="texts that the model writes")
     length: int = Field(96, ge=26, description="tokens of a text; fewer where the model reads no more")
-    following: int = Field(16, ge=1, le=16, description="tokens read behind the steered one")
+    following: int = Field(16, ge=2, le=16, description="tokens read behind the steered one")
     doses: tuple[float, ...] = Field((0.25, 0.5, 1.0, 2.0), min_length=1, description="multiples of the strength")
     batch_size: int = Field(32, ge=1, description="cuts per forward pass")
 

@@ -189,7 +189,9 @@ def _missing(
                 f"judged groups answered {side}: about {count}; {GROUPS_NEEDED} show a share to about 18 points"
             )
     for split, found in splits.items():
-        if not found.candidates:
+        if not found.conflicts:
+            lines.append(f"conflicts in the {split} split: none")
+        elif not found.candidates:
             lines.append(f"phrasings in the {split} split: every item has one; give each several lines")
         elif not found.pairs:
             lines.append(f"pairs in the {split} split: no sampled item flips; add phrasings that lean the other way")

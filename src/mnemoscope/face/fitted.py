@@ -190,7 +190,9 @@ class Fitted:
         if bare is not None and len(bare) != len(prompts):
             raise InputError(f"bare: {len(bare)} questions of {len(prompts)} prompts")
         inputs = self.inputs(prompts) if prompts else None
-        acts = np.ones(len(prompts), bool) if gate is None else self.gate(inputs, gate, toward).bool().numpy()
+        acts = np.ones(len(prompts), bool)
+        if gate is not None and inputs is not None:
+            acts = self.gate(inputs, gate, toward).bool().numpy()
         asking = Asking(self.model, self.tokenizer, batch_size=BATCH, prompting=self.prompting)
         listed, texts = Prompts.free(asking, prompts, bare), [""] * len(prompts)
         for each, chosen in ((one, np.flatnonzero(acts)), (NOTHING, np.flatnonzero(~acts))):
@@ -278,7 +280,9 @@ class Fitted:
 
         The gate did not act where ``held`` has a reason. ``how``: see ``generate``.
         """
-        held = [""] * len(prompts) if gate is None else self.detect(prompts).held(Toward.of(toward), gate).tolist()
+        held = [""] * len(prompts)
+        if gate is not None and held:
+            held = self.detect(prompts).held(Toward.of(toward), gate).tolist()
         plain = self.generate(prompts, toward, **how | {"alpha": 0.0})
         rows = zip(prompts, plain, self.generate(prompts, toward, gate=gate, **how), held, strict=True)
         names = ("prompt", "plain", "steered", "held")

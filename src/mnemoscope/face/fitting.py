@@ -84,6 +84,9 @@ def fit_run(
         if name not in allowed:
             raise InputError(f"{name}: fit has no such argument; it has {', '.join(allowed)}")
     workers, is_open = chosen.get("workers", 1), not isinstance(model, str | Path)
+    for name in ("dtype", "device_map"):
+        if is_open and chosen.get(name) is not None:
+            raise InputError(f"{name}: {chosen[name]!r}; not for an open model, which is as it is")
     if workers != 1 and (is_open or isinstance(task, Task) or workers < 1):
         raise InputError(f"workers: {workers!r}; allowed is 1, or more where model and task are given by name")
     choices = Choices(**{name: chosen[name] for name in of_study if name in chosen})

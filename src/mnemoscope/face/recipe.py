@@ -113,6 +113,8 @@ def fitting_study(
     """
     choices = choices or Choices()
     if isinstance(task, Task):
+        if options:
+            raise InputError("options: not for a task that is given as an object")
         # So that a run folder is continued with the same task only.
         name, options = f"{type(task).__module__}:{type(task).__name__}", {"digest": examples_digest(task)[:16]}
     else:

@@ -60,7 +60,8 @@ def rewritten(
         else:
             length = len(asking.tokenizer(said, add_special_tokens=False).input_ids)
             anew = answered(lever, _behind(asking, asked, before.rstrip()), length + MORE)[0]
-            text = _joined(before.rstrip(), _its_span(before.rstrip(), anew)) if anew.strip() else before + said
+            new = _its_span(before.rstrip(), anew)
+            text = _joined(before.rstrip(), new) if new.strip() else before + said
         spans.append((said, text[len(before.rstrip()) :].strip()))
         done, left = len(text), tokens - sum(end <= span.end for _, end in found.offsets)
         text = _joined(text, answered(NOTHING, _behind(asking, asked, text), left)[0] if left > 0 else "")

@@ -292,9 +292,9 @@ class _PositionTracker:
             self.prompt_NT, self.acts_N = ids_NT, None
             _check_rows(self.rows, self.prompts, self.rows_of_prompt)
             self._check(kwargs.get("attention_mask"), end, text_NT if past == 0 else None)
-            self.start = (self.fixed or 0) if is_set else end - 1
+            self.start = 0 if self.everywhere else end - 1 if self.fixed is None else self.fixed
         self.first_column = max(0, self.start - past)
-        decision = self.start
+        decision = self.start if self.fixed is None else self.fixed
         if self.everywhere and self.fixed is None:
             decision = end - 1 if fresh else -1
         self.decision_column = decision - past if past <= decision < end else None

@@ -34,6 +34,8 @@ def name_of(method: str) -> str:
 def check_method(method: str) -> str:
     """The path of a method's module; InputError where there is none of this name, or it is not allowed."""
     name = name_of(method)
+    if "." in method and _modules().get(name, method) != method:
+        raise InputError(f"methods: {method!r} has the name of a method that is built in; rename its module")
     path = _modules().get(name) or {name_of(one): one for one in allowed_code() if ":" not in one}.get(name)
     if path is None:
         known = f"methods: {method!r} is not one of {', '.join(_modules())}{meant(name, _modules())}"

@@ -64,7 +64,7 @@ class SteeringVector(Intervention):
         check_one_of("positions", self.positions, ("decision", "all"))
         found: dict[int, tuple[Edit, ...]] = {}
         for layer, given in sorted(self.edits.items()):
-            for edit in (edits := as_edits(given)):
+            for edit in (edits := summed((), as_edits(given))):
                 edit.check(layer)
             if acting := tuple(edit for edit in edits if not edit.is_nothing):
                 found[layer] = acting

@@ -18,7 +18,7 @@ from mnemoscope.behaviour import Asking, Batch, log_probabilities, without_prefi
 from mnemoscope.interventions import Intervention, Toward, adapter
 from mnemoscope.interventions.adapter import Adapter, adapters
 from mnemoscope.interventions.contract import Bench
-from mnemoscope.interventions.learning import Asked
+from mnemoscope.interventions.learning import Asked, log_p
 from mnemoscope.interventions.sources import PERMUTED, Labels
 
 NULLS = (PERMUTED,)
@@ -40,11 +40,12 @@ def preference(asking: Asking, asked: Asked) -> Tensor:
 
     The factor is for what should stay: a nat of preference weighs as much at first as a nat of an answer that is held.
     """
-    sign_N = 2 * asked.option_N - 1
 
     def margin(batch: Batch) -> Tensor:
         logp_N2 = log_probabilities(asking, batch)
-        return sign_N.to(logp_N2.device) * (logp_N2[:, 1] - logp_N2[:, 0])
+        option_N1 = asked.option_N[:, None].to(logp_N2.device)
+        wanted_N = log_p(asking, [asked]) if asked.instead else logp_N2.gather(1, option_N1)[:, 0]
+        return wanted_N - logp_N2.gather(1, 1 - option_N1)[:, 0]
 
     with torch.no_grad(), asking.model.disable_adapter():
         before_N = margin(asked.batch)

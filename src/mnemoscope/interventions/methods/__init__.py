@@ -56,6 +56,8 @@ def candidates(method: str, bench: Bench, toward: str) -> Sequence[Intervention]
         found: Sequence[Intervention] = module.candidates(bench, to)
     else:
         found = (shifts if hasattr(module, "direction") else decoding).candidates(bench, name, to)
+    if not found:
+        raise InputError(f"methods: {method} has nothing to try to {to}")
     for one in found:
         if (one.method, one.toward) != (name, to):
             wrong = f"{one.method!r} to {one.toward}; {name!r} to {to} is wanted"

@@ -36,7 +36,7 @@ Edits = dict[int, LowRank]
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
     """Every factor of what is learned by each teacher, or what the bench tries; InputError with too few pairs."""
     if tried := bench.tried.low_rank:
-        ways = [How(tuple(spread_layers(bench, tried.layers)), FEW, RATES[0], "own")]
+        ways = [How(tuple(spread_layers(bench, tried.layers)), FEW, RATES[0], teachers(bench.lists, toward)[0])]
     else:
         ways = ways_of(bench, toward, RATES)
     factors = tried.factors if tried else FACTORS
