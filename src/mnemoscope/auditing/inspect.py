@@ -23,7 +23,7 @@ from mnemoscope.auditing.replies import Form, places_of
 
 @task
 def recited(items: str, variants: int = 8, seed: int = 0, form: str = "{prompt}", answers: Kind | None = None) -> Task:
-    """Every item as it was published and in its variants; arguments as of ``mnemoscope audit``."""
+    """Every item of a file or folder of templates, and its variants; arguments else as of ``mnemoscope audit``."""
     kind = answers or ("number" if Path(items).is_dir() else "short")
     how = Form(kind, form)
     samples = [

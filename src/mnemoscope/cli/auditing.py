@@ -31,7 +31,7 @@ def audit(
     variants: Annotated[int, typer.Option(min=1, help="Of each item of templates or a task.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Draws these variants.")] = 0,
     form: Annotated[str, typer.Option(help=_FORM)] = "{prompt}",
-    tokens: Annotated[int, typer.Option(min=1, help="Of a reply, at most.")] = 256,
+    tokens: Annotated[int, typer.Option(min=1, help="Of a reply, at most; of a short one 16.")] = 256,
     against: Annotated[Path | None, typer.Option(help=_AGAINST)] = None,
     prove: Annotated[
         bool, typer.Option("--prove", help="Steer what is accused away from memory, beside controls.")

@@ -78,7 +78,7 @@ def _size(node: Node, sizes: dict[int, float]) -> float:
 
 
 class _Representer(SafeRepresenter):
-    """Quotes texts that are something else in version 1.1, which reads no number without a point as one of floats."""
+    """Quotes texts that are something else in version 1.1, and gives floats like 1e-3 a point, else texts there."""
 
     def text(self, data: str) -> Any:
         """The node of a text."""

@@ -56,7 +56,7 @@ class Admitted(Asked):
 
     Attributes:
         decision: position of the last prompt token, from which on ``decision`` vectors act.
-        start: the first position that is shifted; None where none is, as where an adapter acts, or a gate decides.
+        start: the first position that is shifted; None where none is: an adapter acts, or a gate decides beforehand.
         gate_by, read_by: names of detectors; ``has_document``: whether anything can come from one.
     """
 

@@ -157,7 +157,7 @@ def between_graphs(compiling: Any) -> None:
 
 
 def check_engine(config: Any) -> None:
-    """Raises InputError for what skips hooks (compiled passes, CUDA graphs), misleads them, or was not tried."""
+    """Raises InputError for what skips hooks, misleads them, or was not tried."""
     parallel, model = config.parallel_config, config.model_config
     backend, loading = (getattr(one, "value", one) for one in (model.model_impl, config.load_config.load_format))
     # Several ranks would quantize a part of the weights each; those of GPT-2 are no linear layers in transformers.

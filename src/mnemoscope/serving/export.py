@@ -43,7 +43,7 @@ def check_portable(vector: Intervention, to: str) -> None:
     if vector.changes_weights and to == "gguf":
         return
     if not isinstance(vector, SteeringVector):
-        raise InputError(f"lever: {vector.lever} cannot be exported as a {to}; an adapter is merged by peft, or a gguf")
+        raise InputError(f"lever: {vector.lever} cannot be exported as a {to}; merge adapters by peft, or make a gguf")
     if vector.positions != "all":
         raise InputError(f"positions: {vector.positions!r} cannot be exported, only 'all': a {to} acts on every token")
     if vector.site not in SITES_FOR[to]:

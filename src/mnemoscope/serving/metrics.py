@@ -29,7 +29,7 @@ def _metrics() -> tuple[Any, Any]:
 
 
 def count(report: Mapping[str, Any]) -> None:
-    """Count an answer by its report: ``steered``, ``held`` (by its gate) or unsteered, and what was read of it."""
+    """Count an answer by its report: ``steered`` or ``held`` (by its gate) where it asked for that, and readings."""
     requests, histogram = _metrics()
     if report["steer"]:
         requests.labels("steered" if report["acted"] else "held", report["steer"]).inc()

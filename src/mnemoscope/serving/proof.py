@@ -49,7 +49,7 @@ def prove(
         long: tokens of each of four long prompts, so that all together are more than the server reads in a pass.
 
     Raises:
-        InputError: the server has no plugin or other vectors; ``fitted`` has none; prompts are too few or too long.
+        InputError: the server has no plugin or refuses to steer; ``fitted`` has none; prompts are too few or too long.
     """
     server = Served(ask, fitted, list(dict.fromkeys(prompts))[:MOST_PROMPTS], room)
     server.check()

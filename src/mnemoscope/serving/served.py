@@ -46,7 +46,7 @@ def way_of(settings: Mapping[str, Any]) -> Way:
 
 
 class Bounds(NamedTuple):
-    """What counts as equal: log probabilities, probabilities of detectors and readers, leads of a token no greater."""
+    """What counts as equal: largest differences of log probabilities, of what is read, and another token's lead."""
 
     log_p: float
     read: float

@@ -76,7 +76,7 @@ class Writing:
             self.states[layer] = whole(self.rows_S).float().cpu().numpy()
 
     def end(self) -> None:
-        """Tell of each token that this pass has read, behind the first of a prompt's end."""
+        """Tell of each token of an answer that this pass has read; of a prompt's last token nothing is told."""
         if not self.read:
             return
         states_SLD = np.stack([self.states[layer] for layer in self.reader.layers], axis=1)

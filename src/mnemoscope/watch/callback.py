@@ -64,7 +64,7 @@ class BehaviourCallback(TrainerCallback):
             every: steps between measurements; None: when the trainer evaluates.
             stop: ends the training when ``both`` behaviours are there (``wanted``), or when memory has ``overtaken``
                 the rule among conflicts.
-            save: has a checkpoint saved at the first measurement where that is so, but behind the last step.
+            save: has a checkpoint saved at the first measurement where that is so, unless training has ended by then.
             options: what is asked, ``examples``, ``rephrasings``, ``split``, ``contrast``, ``batch_size``, ``seed`` and
                 ``prompting`` of ``mnemoscope.watch.Asked``, and options of the task.
 

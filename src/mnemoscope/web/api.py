@@ -33,7 +33,7 @@ router = APIRouter(prefix="/api", responses={code: {"model": Refusal} for code i
 
 
 def _at(request: Request, run: Name, cell: Annotated[str, Path(max_length=200)]) -> Any:
-    """Called with work, a function of an ``OpenedCell``, it does it on the cell in the path, if the client waits."""
+    """A function that does work on the cell in the path while the client waits; work takes the ``OpenedCell``."""
     return partial(request.app.state.opened.ask, run, cell, left=request.is_disconnected)
 
 
@@ -61,7 +61,7 @@ async def show_cell(at: At) -> OpenedFacts:
 
 @router.get(CELL + "/questions")
 async def list_questions(at: At, n: Annotated[int, Query(ge=1, le=100)] = 12) -> list[Pair]:
-    """Test pairs of different groups."""
+    """Test pairs, one of every group before a second of any."""
     return await at(lambda cell: cell.pairs(n))
 
 

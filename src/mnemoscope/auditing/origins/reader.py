@@ -1,7 +1,7 @@
 """P(document), P(memory) and P(neither) of each token of an answer, in the pass that writes or reads it.
 
-A linear probe of one block reads the states before a token and at it, and how sure the model was of it. So a token's
-numbers depend on nothing that is written behind it.
+A linear probe of one or two blocks reads the states before a token and at it, and how sure the model was of it. So a
+token's numbers depend on nothing that is written behind it.
 
 Shapes: T tokens of an answer, U = 1 + T with the prompt's last one, D neurons, F features.
 """
@@ -150,7 +150,7 @@ class Reader(Artefact):
         mean_D, whitening_DD: a token is unlike those of the fit where ``|(state before it - mean) @ whitening|`` is
             above 1.
         whole_form, bare_form: how questions are asked, see ``texts.Form``.
-        figures: of the tune split.
+        figures: ``loss`` on groups that were left out, nats a token; labelled names and numbers of each origin.
     """
 
     layers: Sequence[int]
@@ -237,7 +237,7 @@ class Reader(Artefact):
 
     @torch.no_grad()
     def write(self, asking: Asking, asked: Asked, tokens: int = 64) -> Origins:
-        """Write an answer greedily and read it in the same passes, of which the last is one more than its tokens are.
+        """Write an answer greedily and read it in the same passes, one more than it has tokens.
 
         Raises:
             InputError: the prompt leaves no room for an answer, or the model writes nothing.
