@@ -183,6 +183,10 @@ def test_every_published_template_is_recomputed_and_drawn() -> None:
         ("#answer: n", "#answers: n", "no line '#answer:'"),
         ("question_annotated", "question_noted", "is no template"),
         ("sample(multi_times)", "sample(names, 1)", "another number than it has names"),
+        ("times_txt, times = sample(multi_times)", "times_txt, times = sample(names, 3)", "another number than it has"),
+        ("- $part = sample", "- $share = sample", "part is in the question and in no line of #init"),
+        ("#answer: n * (1 + times) - int(part * n * (1 + times))", "#answer: name", "which is no number"),
+        ('answer = """\n12 * 2 = <<12*2=24>>24\n#### 18\n"""', "answer = 18", "is no template"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused_in_a_line(template: Path, old: str, new: str, message: str) -> None:
@@ -205,6 +209,7 @@ def test_items_are_read_from_rows_of_either_kind(tmp_path: Path) -> None:
         ({"item": "sum", **both[0], "variants": [{"prompt": "3 + 0 =", "answer": "3 "}]}, "the original's answer '3'"),
         ({"item": "sum", **both[0], "variants": [{"prompt": "1 + 2 =", "answer": "4"}]}, "asks what the original asks"),
         ({"item": "sum", **both[0], "variants": ["x"]}, "each has a prompt and an answer"),
+        ({"item": "sum", **both[0], "variants": both[1]}, "is no list"),
         ({"item": "sum", "prompt": "", "answer": "3"}, "prompt is ''"),
     ):
         whole.write_text(json.dumps(row))

@@ -70,6 +70,15 @@ def test_a_rewriting_that_fails_leaves_finished_what_was(cell: Path) -> None:
         fails()
     assert intact(one) == one
     assert read_marker(cell / "stages" / "one.json")["hash"] == "0"
+    beside = cell / "records" / "beside.json"
+    beside.write_text("{}")
+    write_marker(cell, "one", [one, beside])
+    beside.write_text('{"damaged": 1}')
+    with rewriting(cell, [one]):
+        one.write_text('{"a": 2}')
+    assert intact(one) == one
+    with pytest.raises(InputError, match="beside"):
+        intact(beside)
 
 
 def test_a_file_that_changed_is_missing_or_unknown_is_named(cell: Path) -> None:

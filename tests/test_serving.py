@@ -42,6 +42,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"steer": "generalized", "alpha": math.nan}, "alpha: nan is not"),
     ({"steer": "generalized", "alpha": True}, "alpha: True is not"),
     ({"steer": "generalized", "gate": 1.5}, "gate: 1.5 is not a number in 0 .. 1"),
+    ({"steer": "generalized", "lever": ["shift"]}, "lever: ['shift'] is no name of a lever"),
     ({"alpha": 2.0}, "alpha: 2.0 is given without steer"),
     ({"gate": 0.5, "read": True}, "gate: 0.5 is given without steer"),
     ({"read": "perhaps"}, "read: 'perhaps' is not one of true, false"),

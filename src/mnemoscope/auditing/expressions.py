@@ -94,8 +94,10 @@ class Expression:
     """One expression, read once; InputError where it is none, or holds what is not allowed."""
 
     def __init__(self, text: str, functions: Mapping[str, Callable[..., Any]] | None = None) -> None:
-        from simpleeval import SimpleEval  # of the extra `audit`
-
+        try:
+            from simpleeval import SimpleEval
+        except ImportError as error:
+            raise InputError("expression: needs simpleeval: pip install 'mnemoscope[audit]'") from error
         self.text = text.strip()
         if len(self.text) > LONGEST:
             raise InputError(f"expression: {len(self.text)} characters; at most {LONGEST} are read")

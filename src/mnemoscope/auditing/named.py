@@ -75,4 +75,6 @@ def _read(where: str, row: Any) -> tuple[str, str, Variant, tuple[Variant, ...] 
         if not all(isinstance(one, dict) and {"prompt", "answer"} <= set(one) for one in listed):
             raise InputError(f"{where}: variants: each has a prompt and an answer")
         variants = tuple(Variant(str(one["prompt"]), str(one["answer"])) for one in listed)
+    elif isinstance(listed, dict) or (isinstance(listed, str) and listed.strip()):
+        raise InputError(f"{where}: variants: {str(listed)[:40]!r} is no list")
     return where, str(row["item"]), Variant(str(row["prompt"]), str(row["answer"])), variants

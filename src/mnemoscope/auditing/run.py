@@ -190,7 +190,11 @@ def _told(run: _Run, rows: pd.DataFrame, choices: Mapping[str, Any]) -> Audit:
     if reference is not None and len(reference) != len(rows):
         raise InputError(f"against: the audit in {against} is not finished; run it again")
     table = verdicts(evidence(rows, reference, config.accused), config.accused)
-    found = summary(table) | {"model": run.facts["model"], "dtype": run.facts["dtype"], "accused_at": config.accused}
+    found = summary(table, config.accused) | {
+        "model": run.facts["model"],
+        "dtype": run.facts["dtype"],
+        "accused_at": config.accused,
+    }
     found |= {"asked": run.facts["form"], "few_variants": int((table["variants"] < LEAST).sum())}
     found["cut"] = float(rows["cut"].mean())
     if reference is not None:

@@ -107,7 +107,8 @@ class Template:
             content = tomllib.loads(path.read_text())
             annotated, question, said = (content[name] for name in ("question_annotated", "question", "answer"))
             text, *rest = PART.split(annotated)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            stated = question.strip(), said.rsplit("####", 1)[-1].strip().replace(",", "")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"items: {path} is no template ({type(error).__name__}: {error})") from error
         parts = dict(zip(rest[::2], rest[1::2], strict=False))
         if not parts.get("answer", "").strip():
@@ -120,7 +121,8 @@ class Template:
             raise InputError(f"items: {path}: {error}") from error
         original = {name: value.strip() for name, value in PLACE.findall(text)}
         numbers = frozenset(re.findall(r"\$\s*(\w+)\s*=", parts.get("init", "")))
-        stated = question.strip(), said.rsplit("####", 1)[-1].strip().replace(",", "")
+        if lacking := original.keys() - {name for names, _ in drawn for name in names}:
+            raise InputError(f"items: {path}: {min(lacking)} is in the question and in no line of #init")
         steps = str(content.get("answer_annotated", ""))
         return cls(path.stem, text.strip(), original, drawn, conditions, answer, stated, steps, numbers)
 
@@ -181,7 +183,7 @@ def _drawn(line: str) -> tuple[Sequence[str], Draw]:
         raise InputError(f"#init: {line[:80]!r} draws nothing")
     rows = draw.options[:50] if draw.count is None and len(names) > 1 else []
     if any(not isinstance(row, list) or len(row) != len(names) for row in rows) or draw.count not in (None, len(names)):
-        several = draw.count is not None and draw.count < len(names)
+        several = draw.count is not None and (draw.count < 1 or draw.count != len(names) > 1)
         if rows or several:
             raise InputError(f"#init: {line[:80]!r} draws another number than it has names")
     return names, draw
@@ -196,5 +198,8 @@ def _said(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     """A number without needless zeros."""
-    value = Fraction(value)
+    try:
+        value = Fraction(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"items: an answer is {str(value)[:40]!r}, which is no number") from error
     return str(value.numerator) if value.denominator == 1 else f"{float(value):.10f}".rstrip("0").rstrip(".")

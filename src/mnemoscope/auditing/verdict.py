@@ -101,7 +101,7 @@ def verdicts(table: pd.DataFrame, accused: float = ACCUSED) -> pd.DataFrame:
     return table.assign(verdict=names, solved_share=share, low=low, high=high)
 
 
-def summary(table: pd.DataFrame) -> dict[str, Any]:
+def summary(table: pd.DataFrame, accused: float = ACCUSED) -> dict[str, Any]:
     """Of the whole benchmark, from ``verdicts``: accuracies, their difference by item, what is left of the score."""
     items = table.index.to_numpy(str)
     right, solved = table["right"].to_numpy(float), (table["solved"] / table["variants"]).to_numpy(float)
@@ -115,7 +115,7 @@ def summary(table: pd.DataFrame) -> dict[str, Any]:
         "inflation": mean(right - solved, items),
         "without_recited": mean(np.where(recited, solved, right), items),
         "accused": table.index[recited].tolist(),
-        "by_chance": ACCUSED * len(table),
+        "by_chance": accused * len(table),
     }
 
 

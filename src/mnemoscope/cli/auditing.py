@@ -55,6 +55,8 @@ def _named(items: str, options: dict[str, Any], seed: int) -> Any:
     from mnemoscope.tasks import named_task
     from mnemoscope.tasks.tables import is_file_of_rows
 
+    if Path(items).is_dir() and options:
+        raise InputError("option: a folder of templates has none")
     if Path(items).is_dir() or (is_file_of_rows(items) and not options):
         if not Path(items).exists():
             raise InputError(f"items: the file {items} does not exist")

@@ -60,6 +60,8 @@ def report(
     from mnemoscope.runs.processes import in_processes
 
     results = run / "results.json"
+    if beside and not (run / "arena" / "frame.json").is_file():
+        raise ms.InputError(f"beside: {run} holds no arena; only arenas stand on one page")
     if (run / "study.yaml").is_file():
         with in_processes(min(AT_A_TIME, os.cpu_count() or 1)) as parallel:
             page = ms.build_report(run, parallel)
@@ -254,10 +256,11 @@ def watch(
     """Draw how both behaviours emerge while a model trains; with --every, until it is stopped."""
     from mnemoscope.watch.curve import PICTURE, Curve, table_of
 
-    path, seen = table_of(source), -1
+    seen = -1
     from mnemoscope.report.emergence import draw_curve
 
     while True:
+        path = table_of(source)
         curve = Curve.open(path)
         if len(curve.rows) != seen:
             seen = len(curve.rows)

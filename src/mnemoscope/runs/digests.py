@@ -30,9 +30,17 @@ def facts_digest(facts: Mapping[str, Any] | Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def write_marker(folder: Path, name: str, files: Iterable[Path], facts: Mapping[str, Any] | None = None) -> Path:
-    """Write the marker of a stage: the digests of its files, other ``facts``, and its own digest."""
-    found: dict[str, Any] = {**(facts or {}), "files": {str(f.relative_to(folder)): file_hash(f) for f in files}}
+def write_marker(
+    folder: Path,
+    name: str,
+    files: Iterable[Path],
+    facts: Mapping[str, Any] | None = None,
+    kept: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the marker of a stage: digests of its files, some ``kept`` as they were, ``facts``, and its own digest."""
+    names = {str(file.relative_to(folder)): file for file in files}
+    digests = {file: (kept or {}).get(file) or file_hash(path) for file, path in names.items()}
+    found: dict[str, Any] = {**(facts or {}), "files": digests}
     text = json.dumps(found | {"digest": facts_digest(found)}, indent=1)
     return write_atomically(folder / STAGES / f"{name}.json", text.encode())
 
@@ -66,7 +74,9 @@ def rewriting(folder: Path, files: Collection[Path]) -> Iterator[None]:
         yield
     finally:  # each file is written as a whole or not at all, so what is there is to be trusted
         for stage, facts in touched.items():
-            write_marker(folder, stage, [folder / name for name in facts.pop("files")], facts)
+            before: dict[str, str] = facts.pop("files")
+            kept = {name: digest for name, digest in before.items() if name not in names}
+            write_marker(folder, stage, [folder / name for name in before], facts, kept)
 
 
 def check_stage(folder: Path, name: str) -> None:

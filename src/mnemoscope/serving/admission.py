@@ -228,6 +228,8 @@ def parse(extra_args: Mapping[str, Any] | None) -> Asked | None:
         if wrong or not 0 <= value <= most:
             raise InputError(f"{name}: {value!r} is not a number in 0 .. {most:g}")
         asked[name] = float(value)
+    if not isinstance(asked.get("lever", ""), str):
+        raise InputError(f"lever: {asked['lever']!r} is no name of a lever")
     if "steer" in asked:
         asked["steer"] = Toward.of(asked["steer"], "steer")
     reads = _reading(asked.pop("read", False), asked)

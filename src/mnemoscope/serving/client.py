@@ -35,7 +35,10 @@ class Server:
 
     def __init__(self, url: str) -> None:
         """Raises InputError where no server of a model answers there."""
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            parts = urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(f"server: {url!r} is no address; allowed are http://HOST:PORT and https://HOST:PORT")
         self.url = url.rstrip("/").removesuffix("/v1")

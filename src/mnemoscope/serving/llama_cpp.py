@@ -49,10 +49,7 @@ def to_gguf(lever: Intervention, path: Path | str, model_type: str, config: Any 
             that was not tried; or ``gguf`` is not installed.
     """
     check_portable(lever, "gguf")
-    try:
-        import gguf
-    except ImportError as error:
-        raise InputError("gguf: the package is not installed: pip install 'mnemoscope[pretrained]'") from error
+    gguf = _gguf()
 
     def write(temporary: Path) -> None:
         if isinstance(lever, Adapter):
@@ -89,6 +86,14 @@ def _known(lever: Intervention) -> dict[str, Any]:
     return {name: asdict(value) for name in ("binding", "card") if (value := getattr(lever, name)) is not None}
 
 
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise InputError("gguf: the package is not installed: pip install 'mnemoscope[pretrained]'") from error
+    return gguf
+
+
 def _adapter_tensors(adapter: Adapter, model_type: str, config: Any, gguf: Any) -> Iterator[tuple[str, Tensor]]:
     kind = getattr(gguf.MODEL_ARCH, ARCHITECTURES[model_type])
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
@@ -116,9 +121,7 @@ def from_gguf(
         InputError: it is no control vector, has a tensor that is no shift of a block of this model, or is one of ours
             for another model or direction.
     """
-    import gguf
-
-    path, toward = Path(path), Toward.of(toward)
+    gguf, path, toward = _gguf(), Path(path), Toward.of(toward)
     with refusing(f"FILE: {path} is no control vector of llama.cpp"):
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -128,7 +131,7 @@ def from_gguf(
             raise ValueError(f"{whole[0]} is quantized or of whole numbers")
         shifts = {one.name.removeprefix("direction."): one.data.astype("float32") for one in reader.tensors}
         edits = {int(layer): torch.from_numpy(shift_D) for layer, shift_D in shifts.items()}
-        told = json.loads(fields.get(f"{OURS}.facts", "{}"))
+        told = dict(json.loads(fields.get(f"{OURS}.facts", "{}")))
     found = Binding.of(model, tokenizer)
     if told.get("binding"):
         validated(told["binding"], Binding, f"{path}: binding").check(found, "control vector")

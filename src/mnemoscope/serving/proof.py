@@ -71,6 +71,7 @@ def prove(
 def cost(ask: Ask, fitted: Fitted, prompts: Sequence[str]) -> list[float]:
     """Seconds of steered requests relative to the same unsteered, one ratio a round; kinds alternate."""
     server = Served(ask, fitted, list(prompts)[:MOST_PROMPTS])
+    server.check()  # leaves out what is not served
     found: dict[bool, list[float]] = {False: [], True: []}
     for number in range(2 * ROUNDS + 2):
         steered = number % 2 == 1
@@ -111,7 +112,7 @@ def certify(source: Path, binding: Binding, engine: str, precision: str, proofs:
     written = [path.with_suffix(".json") for path in paths]
     with ExitStack() as stack:
         if cell:
-            stack.enter_context(locked(cell.parents[1], lambda: True))
+            stack.enter_context(locked(cell.resolve().parents[1], lambda: True))
             stack.enter_context(rewriting(cell, [*paths, *written]))
         for path, (one, detector, _) in found.items():
             artefact: Any = detector or next(iter(vectors_of(one).values()))

@@ -54,8 +54,7 @@ def measure_checkpoints(
 def _in_folder(name: str) -> list[str]:
     """The checkpoints in the output folder of a trainer, or a checkpoint itself."""
     inside = [str(path) for path in sorted(Path(name).glob("checkpoint-*")) if path.is_dir()]
-    is_one = any((Path(name) / file).exists() for file in ("config.json", "adapter_config.json"))
-    return inside if inside and not is_one else [name]
+    return inside or [name]
 
 
 def steps_of(names: Sequence[str]) -> list[int]:

@@ -19,6 +19,7 @@ class WithDeadline(H11Protocol):
     """
 
     _closing: asyncio.TimerHandle | None = None
+    _looking: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Begin to wait."""
@@ -40,9 +41,11 @@ class WithDeadline(H11Protocol):
         self._look(self.transport.get_write_buffer_size() + 1)
 
     def _look(self, before: int) -> None:
-        """Give up where nothing was read since the last look."""
+        """Give up where nothing was read since the last look, of which one is waited for at a time."""
+        if self._looking:
+            self._looking.cancel()
         left = self.transport.get_write_buffer_size()
         if left >= before:
             self.transport.abort()
         elif left:
-            self.loop.call_later(DEADLINE, self._look, left)
+            self._looking = self.loop.call_later(DEADLINE, self._look, left)

@@ -24,7 +24,7 @@ from mnemoscope.behaviour import Asking, read_behind
 from mnemoscope.behaviour.generate import continued
 from mnemoscope.behaviour.states import capturing
 from mnemoscope.interventions import Artefact
-from mnemoscope.models import blocks_of, end_ids, site_width
+from mnemoscope.models import blocks_of, context_length, end_ids, site_width
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.schemas import ReaderFacts
 
@@ -264,7 +264,7 @@ class Reader(Artefact):
         model, tokenizer = asking.model, asking.tokenizer
         prompt = asking.tokens([asking.text(asked.prompt)])[0]
         ids, ends = list[int](), end_ids(model, tokenizer)
-        while len(ids) < tokens:
+        while len(ids) < tokens and (not ids or len(prompt) + len(ids) < context_length(model)):
             inputs = tokenizer.pad({"input_ids": [[*prompt, *ids]]}, return_tensors="pt").to(model.device)
             found_NT, _, width = continued(model, tokenizer, inputs, min(step, tokens - len(ids)))
             new = [one for one in found_NT[0, width:].tolist() if one not in ends]
