@@ -8,6 +8,7 @@ See ``benchmarks/README.md`` for what is measured and the latest figures.
 from __future__ import annotations
 
 import argparse
+import json
 import socket
 import subprocess
 import sys
@@ -84,11 +85,8 @@ def _answer(client: httpx.Client, cell: str, asked: list[dict[str, Any]], number
 def _watch(client: httpx.Client, cell: str, neurons: list[Any], number: int) -> None:
     """Look at a neuron while others move the slider."""
     layer = number % len(neurons)
-    job = client.post(f"{cell}/neurons/{layer}/{number % len(neurons[0])}").raise_for_status().json()
-    while job["state"] == "running":
-        time.sleep(0.1)
-        job = client.get(f"/api/jobs/{job['job']}").raise_for_status().json()
-    assert job["state"] == "done", job
+    looked = client.post(f"{cell}/neurons/{layer}/{number % len(neurons[0])}").raise_for_status()
+    assert json.loads(looked.text.splitlines()[-1])["result"], looked.text
 
 
 def _crowd(

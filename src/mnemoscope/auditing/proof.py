@@ -71,13 +71,16 @@ def prove(
     ]
     few = np.random.default_rng(62).permutation(len(solved))[:MOST]
     solved = [solved[n] for n in sorted(few)]
+    half = {item.item: n % 2 for several in (items, chosen) for n, item in enumerate(several)}
     found: dict[str, list[tuple[str, float]]] = {}
     for fold in range(2):
         fit, test = chosen[fold::2], chosen[1 - fold :: 2]
-        names = {item.item for item in fit}
         shift_LD = _difference(asking, form, fit)
         lists = [
-            Asked([(i.item, Variant(i.prompt, i.answer)) for i in part], [s for s in solved if (s[0] in names) == own])
+            Asked(
+                [(i.item, Variant(i.prompt, i.answer)) for i in part],
+                [s for s in solved if (half[s[0]] == fold) == own],
+            )
             for part, own in ((fit, True), (test, False))
         ]
         best = _chosen(asking, form, shift_LD, lists[0])

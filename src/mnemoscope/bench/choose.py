@@ -147,7 +147,8 @@ def choose(bench: Bench, lists: Lists, rated: Sequence[Rated], rule: Rule, seed:
             kept = -int(worst <= rule.lost and one.neither.at_least <= rule.neither)
         elif known < 3:
             refits = [name for name in nulls(one.one.method) if name in rule.names][:1]  # one is enough for a ranking
-            names = STANDING_IN if known == 1 else refits
+            random = () if set(DRAWN).isdisjoint(rule.names) else STANDING_IN
+            names = random if known == 1 else refits
             control = max([control, *_controls(bench, lists.targets, one.one, rule, names, seed)])
         worth = float(np.nan_to_num(one.wanted.estimate)) - lost - rule.cost(control)
         if known < 3:
