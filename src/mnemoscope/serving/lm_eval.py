@@ -44,9 +44,10 @@ class SteeredLM(HFLM):
                 its own way.
         """
         tokenizer = choices.pop("tokenizer", None)
-        if isinstance(pretrained, str):
-            pretrained, tokenizer = load_model(pretrained)
         choices = {"device": "cpu", "batch_size": 8} | choices
+        if isinstance(pretrained, str):  # the library leaves an open model where and as it is
+            pretrained, tokenizer = load_model(pretrained, dtype=choices.pop("dtype", "float32"))
+            pretrained.to(choices["device"])
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, **choices)
         fitted = Fitted.open(run, pretrained, tokenizer)
         one = (fitted.use(toward, lever) if lever else fitted).lever(toward).scaled(float(alpha))
