@@ -355,7 +355,7 @@ def test_a_chat_model_that_is_asked_raw_is_told_of(little: Asking, caplog: pytes
         ({"carry": ["none"]}, r"carry: none holds no arena"),
         ({"methods": ("mylab.gradient",)}, r"methods: 'mylab.gradient' has the name of a method that is built in"),
         ({"sizes": {"varied": 0, "long": 500}}, r"varied: 0, and long texts are amid these prompts"),
-        ({"opening": {"dtype": "bfloat16"}}, r"opening: not for a model that is given open"),
+        ({"opening": {"dtype": "bfloat16"}}, r"opening: not for an open model"),
         ({"size": {}}, r"size: arena has no such argument; it has sizes, prompting"),
     ],
 )

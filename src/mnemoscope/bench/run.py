@@ -72,15 +72,9 @@ def arena(
         if choice not in CHOICES:
             raise InputError(f"{choice}: arena has no such argument; it has {', '.join(CHOICES)}")
     allow_code(*(method for method in methods or () if "." in method))  # it is the user who names them
-    for method in methods or ():
-        method_module(method)
-    methods = [name_of(method) for method in methods] if methods else None
+    methods = [name_of(method) for method in methods or () if method_module(method)] or None
     config = parse_arena(dict(choices.get("sizes") or {}))
-    carry = [one for run in choices.get("carry") or () for one in carried(Path(run) / "arena")]
-    if len(elsewhere := dict(carry)) < len(carry):
-        raise InputError("carry: two runs are of one task in one format; carry them in arenas of their own")
-    if config.long and not config.varied:
-        raise InputError("varied: 0, and long texts are amid these prompts; allowed is 1 or more")
+    elsewhere = _carried(choices.get("carry") or ())
     made = _task(task, dict(options or {}), config.seed)
     is_open = not isinstance(model, str | Path)
     name = choices.get("name") or (type(model).__name__ if is_open else Path(str(model)).name)
@@ -88,8 +82,7 @@ def arena(
     if is_open and workers > 1:
         raise InputError(f"workers: {workers}; an open model is in one process, so give it by name or path")
     if opening if is_open else tokenizer:
-        given = ("opening", "open") if is_open else ("tokenizer", "by name")
-        raise InputError(f"{given[0]}: not for a model that is given {given[1]}")
+        raise InputError("opening: not for an open model" if is_open else "tokenizer: not for a model given by name")
     if isinstance(model, str | Path):
         model, tokenizer = load_model(model, **opening)
     if tokenizer is None:
@@ -107,6 +100,14 @@ def arena(
         torch.set_num_threads(threads)
         model.train(training)
     return build_arena(Path(out))
+
+
+def _carried(runs: Sequence[Path | str]) -> dict[str, Any]:
+    """What other arenas have fitted, by name; InputError where two have the same names."""
+    found = [one for run in runs for one in carried(Path(run) / "arena")]
+    if len(by_name := dict(found)) < len(found):
+        raise InputError("carry: two runs are of one task in one format; carry them in arenas of their own")
+    return by_name
 
 
 def _warned(prompting: Prompting, tokenizer: PreTrainedTokenizerFast) -> Prompting:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from mnemoscope.config.model import Frozen
 
@@ -35,3 +37,9 @@ class ArenaConfig(Frozen):
     cuts: int = Field(48, ge=0, description="places in neutral text, and generated answers, that are measured; 0: none")
     following: int = Field(16, ge=2, description="tokens behind each of these places")
     batch_size: int = Field(32, ge=1, description="prompts per pass, at most")
+
+    @model_validator(mode="after")
+    def _check_long(self) -> Self:
+        if self.long and not self.varied:
+            raise ValueError("varied: 0, and long texts are amid these prompts; allowed is 1 or more")
+        return self

@@ -180,8 +180,7 @@ class Fitted:
             go_on: keep what follows the answer's phrase.
 
         Raises:
-            InputError: there is no such lever; as ``inputs``; or two passes are joined and a prompt has no text that
-                can be told from its question.
+            InputError: no such lever; as ``inputs``; or two passes are joined and a prompt has no text to leave out.
         """
         from mnemoscope.bench.answers import NOTHING, answered  # a server, which imports this module, has no pandas
         from mnemoscope.bench.prompts import Prompts
@@ -189,8 +188,7 @@ class Fitted:
         one, prompts = self.lever(toward).scaled(alpha), list(prompts)
         if bare is not None and len(bare) != len(prompts):
             raise InputError(f"bare: {len(bare)} questions of {len(prompts)} prompts")
-        inputs = self.inputs(prompts) if prompts else None
-        acts = np.ones(len(prompts), bool)
+        inputs, acts = self.inputs(prompts) if prompts else None, np.ones(len(prompts), bool)
         if gate is not None and inputs is not None:
             acts = self.gate(inputs, gate, toward).bool().numpy()
         asking = Asking(self.model, self.tokenizer, batch_size=BATCH, prompting=self.prompting)
@@ -280,13 +278,11 @@ class Fitted:
 
         The gate did not act where ``held`` has a reason. ``how``: see ``generate``.
         """
-        held = [""] * len(prompts)
-        if gate is not None and held:
-            held = self.detect(prompts).held(Toward.of(toward), gate).tolist()
+        gate = gate if len(prompts) else None
+        held = [""] * len(prompts) if gate is None else self.detect(prompts).held(Toward.of(toward), gate).tolist()
         plain = self.generate(prompts, toward, **how | {"alpha": 0.0})
         rows = zip(prompts, plain, self.generate(prompts, toward, gate=gate, **how), held, strict=True)
-        names = ("prompt", "plain", "steered", "held")
-        return [dict(zip(names, row, strict=True)) | {"acted": not row[-1]} for row in rows]
+        return [{"prompt": p, "plain": a, "steered": b, "held": why, "acted": not why} for p, a, b, why in rows]
 
     def vector(self, toward: str) -> SteeringVector:
         """The best vector that steers to a behaviour.
