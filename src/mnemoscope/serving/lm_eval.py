@@ -44,7 +44,7 @@ class SteeredLM(HFLM):
                 its own way.
         """
         tokenizer = choices.pop("tokenizer", None)
-        choices = {"device": "cpu", "batch_size": 8} | choices
+        choices = dict[str, Any](device="cpu", batch_size=8) | choices
         if isinstance(pretrained, str):  # the library leaves an open model where and as it is
             pretrained, tokenizer = load_model(pretrained, dtype=choices.pop("dtype", "float32"))
             pretrained.to(choices["device"])
