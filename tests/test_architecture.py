@@ -92,7 +92,7 @@ BOUNDS = {
     "lines of src": 30_480,  # 19_500; 24_740, 700 with the levers, the fair arena, audits, origins, and serving
     "lines of paper": 2_000,
     "lines of rivals": 1_200,
-    "lines of tests": 17_580,  # 11_000
+    "lines of tests": 17_590,  # 11_000
     "lines of docs": 2_200,  # by hand
     "lines of a file": 350,
     "lines of a test file": 500,  # 350

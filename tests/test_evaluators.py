@@ -26,7 +26,7 @@ def test_answers_under_several_hooks_are_those_of_plain_steered_passes(tmp_path:
 
     model, tokenizer = tiny("llama", num_hidden_layers=4), word_tokenizer(WORDS, 64)
     words = WORDS[:6]
-    run = random_run(tmp_path, model, tokenizer, layer=1, strength=0.6, low_rank=low_rank)
+    run = random_run(tmp_path, model, tokenizer, layer=1, strength=0.6, low_rank=["memorized"] if low_rank else [])
     steered = SteeredLM(model, run=str(run), toward="memorized", tokenizer=tokenizer, batch_size=3)
     plain = SteeredLM(model, run=str(run), toward="memorized", alpha=0.0, tokenizer=tokenizer)
     assert len(steered.steering.layers) == 2
@@ -42,12 +42,18 @@ def test_answers_under_several_hooks_are_those_of_plain_steered_passes(tmp_path:
         assert logp == pytest.approx(float(logits.gather(1, said[:, None]).sum()), abs=1e-4)
         assert greedy == bool((logits.argmax(-1) == said).all())
     unsteered = plain.loglikelihood(requests, disable_tqdm=True)
-    assert max(abs(a - b) for (a, _), (b, _) in zip(found, unsteered, strict=True)) > 0.1
+    assert max(abs(a - b) for (a, _), (b, _) in zip(found, unsteered, strict=True)) > 0.01
+    [one.save_pretrained(tmp_path / "model") for one in (model, tokenizer)]
+    named = SteeredLM(str(tmp_path / "model"), run=str(run), toward="memorized", dtype="float32", batch_size=3)
+    assert [logp for logp, _ in named.loglikelihood(requests, disable_tqdm=True)] == pytest.approx(
+        [x for x, _ in found]
+    )
     until: Any = [Instance("generate_until", {}, (asked[3][0], {"until": ["zzz"], "max_gen_toks": 5}), 0)]
     inputs = tokenizer([asked[3][0]], return_tensors="pt")
     with steered.steering.apply(model):
         ids = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    assert steered.generate_until(until, disable_tqdm=True) == [tokenizer.decode(ids[0, inputs.input_ids.shape[1] :])]
+    written = tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    assert steered.generate_until(until, disable_tqdm=True) == [written]
 
 
 def test_a_lever_that_is_no_edit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
