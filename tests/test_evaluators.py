@@ -66,6 +66,8 @@ def test_a_lever_that_is_no_edit_is_refused(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Fitted, "lever", lambda self, toward: words)
     with pytest.raises(InputError, match="decoding act on prompts or take two passes"):
         SteeredLM(model, run=str(run), toward="memorized", tokenizer=tokenizer)
+    with pytest.raises(InputError, match="batch_size: auto is no number"):
+        SteeredLM(model, run=str(run), toward="memorized", tokenizer=tokenizer, batch_size="auto")
 
 
 @pytest.mark.filterwarnings("default")  # of the libraries that it needs

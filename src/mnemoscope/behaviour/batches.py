@@ -20,7 +20,7 @@ from mnemoscope.models import batch_that_fits, select_rows, states_of, with_stat
 from mnemoscope.models.caches import bytes_of
 from mnemoscope.tasks import Example
 
-EACH_BATCH = 400  # tokens that a further batch costs beside its own, as weights are read once for each (docs/LOG.md)
+EACH_BATCH = 400  # tokens that a further batch costs beside its own, as weights are read once for each
 FEWEST = 10**9  # that no padding outweighs
 
 

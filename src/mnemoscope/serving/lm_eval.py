@@ -10,6 +10,7 @@ From Python, importing this module registers it for ``lm_eval.simple_evaluate``.
 
 from __future__ import annotations
 
+import sys
 from itertools import groupby
 from typing import Any
 
@@ -40,11 +41,13 @@ class SteeredLM(HFLM):
         """As ``HFLM``, on the CPU unless said otherwise; ``run``: of a fit on this model, with ``lever`` or its best.
 
         Raises:
-            InputError: the run has no such lever, or it acts on prompts or in two passes, which this library asks in
-                its own way.
+            InputError: ``batch_size`` is no number, the run has no such lever, or it acts on prompts
+                or in two passes, which this library asks in its own way.
         """
         tokenizer = choices.pop("tokenizer", None)
         choices = dict[str, Any](device="cpu", batch_size=8) | choices
+        if not str(choices["batch_size"]).isdecimal():
+            raise InputError(f"batch_size: {choices['batch_size']} is no number, and none is tried here")
         if isinstance(pretrained, str):  # the library leaves an open model where and as it is
             pretrained, tokenizer = load_model(pretrained, dtype=choices.pop("dtype", "float32"))
             pretrained.to(choices["device"])
@@ -90,4 +93,8 @@ class SteeredLM(HFLM):
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
