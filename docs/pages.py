@@ -9,6 +9,7 @@ import sys
 from functools import partial
 
 import arena
+import audit
 import printing
 import reading
 import records
@@ -18,6 +19,7 @@ PAGES = {
     "STUDY": study.page,
     "RECORDS": records.page,
     "ARENA": arena.published,
+    "AUDIT": audit.published,
     "READING": reading.published,
     "GALLERY": partial(printing.page, "gallery"),
     "REVIEW": partial(printing.page, "review"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 FOLDER = Path(__file__).parent
 
@@ -18,6 +19,8 @@ class Table(TypedDict):
 
 
 Sections = Mapping[str, Sequence[str | Table]]  # paragraphs and tables, by the title of their section
+Found = Mapping[str, Any]  # what a benchmark keeps as JSON
+Told = Callable[[Mapping[str, Mapping[str, Found]]], Sections]  # from files, by the name of a run and their own
 
 
 def table(columns: Iterable[object], rows: Iterable[Iterable[object]]) -> Table:
@@ -50,3 +53,21 @@ def put(name: str, sections: Sections, path: Path | None) -> None:
     if path is not None:
         lines = [f"{json.dumps(title)}: {json.dumps(parts, ensure_ascii=False)}" for title, parts in sections.items()]
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def of_runs(name: str, told: Told) -> str:
+    """A page of runs whose files are published whole."""
+    return page(name, told(json.loads((FOLDER / "results" / f"{name}.json").read_text())))
+
+
+def print_runs(name: str, told: Told, files: Sequence[str]) -> None:
+    """Print the page of the runs that the command line names; keep their files where it says so."""
+    parser = argparse.ArgumentParser(description=f"Print the page {name}.")
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--keep", type=Path, help="keep the runs for the site")
+    asked = parser.parse_args()
+    runs = {run.name: {file: json.loads((run / f"{file}.json").read_text()) for file in files} for run in asked.runs}
+    print(page(name, told(runs)))
+    if asked.keep is not None:
+        lines = [f"{json.dumps(run)}: {json.dumps(found)}" for run, found in runs.items()]
+        asked.keep.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -6,15 +6,11 @@ kept are the JSON files of both.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import printing
+from printing import Found
 
-Found = Mapping[str, Any]
 READERS = {
     "ours": "the reader, in the pass that writes",
     "two passes": "two passes, with the document and without",
@@ -25,7 +21,6 @@ READERS = {
     "logp": "log probability of the token",
     "the input": "embeddings of the input alone",
 }
-PARTS = ("fit", "carry")
 
 
 def sections_of(runs: Mapping[str, Mapping[str, Found]]) -> printing.Sections:
@@ -92,21 +87,8 @@ def written(of: Found) -> list[str]:
 
 def published() -> str:
     """The page of what is published."""
-    return printing.page("reading", sections_of(json.loads((printing.FOLDER / "results" / "reading.json").read_text())))
-
-
-def main() -> None:
-    """Print the page of some runs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--keep", type=Path, help="keep the runs for the site")
-    asked = parser.parse_args()
-    runs = {run.name: {part: json.loads((run / f"{part}.json").read_text()) for part in PARTS} for run in asked.runs}
-    print(printing.page("reading", sections_of(runs)))
-    if asked.keep is not None:
-        lines = [f"{json.dumps(name)}: {json.dumps(run)}" for name, run in runs.items()]
-        asked.keep.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    return printing.of_runs("reading", sections_of)
 
 
 if __name__ == "__main__":
-    main()
+    printing.print_runs("reading", sections_of, ("fit", "carry"))

@@ -68,6 +68,7 @@ def test_the_commands_exist() -> None:
         ("STUDY", ["| `learned_steps` | `20` |", "| `stored` | `480` |"]),
         ("RECORDS", ["| `minus_control` | {str:", "## records/pairs.parquet: "]),
         ("ARENA", ["| smollm2, facts | generalized | low-rank "]),
+        ("AUDIT", ["| called recited | 0.00 | 0.07 | 0.07 | 0.07 | 0.53 | 1.00 |", "| +0.028 (-0.005 to +0.066) |"]),
         (
             "READING",
             ["| a probe as AttriWiki's | 0.940 (0.917) | +0.038 (+0.023 to +0.055) |", "| 0.75 of 16 | 1.00 of 17 |"],
