@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from planting import exposures_of, planted_texts, taught
 from sklearn.metrics import roc_auc_score, roc_curve
 
 import mnemoscope as ms
 from mnemoscope.auditing.items import Item, Variant
-from mnemoscope.auditing.planting import exposures_of, planted_texts, taught
 from mnemoscope.auditing.proof import prove
 from mnemoscope.auditing.readout import Readout
 from mnemoscope.auditing.replies import Form

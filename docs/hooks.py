@@ -1,7 +1,12 @@
-"""Hooks of the documentation site: printed pages, notebooks as pages, and every public name on the page of the API."""
+"""Hooks of the documentation site: printed pages, notebooks as pages, and every public name on the page of the API.
+
+Pages link to the prose of a printed page, ``review.head.md``, which is there in a checkout; on the site this is
+``REVIEW.md``, which has its tables, too.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,8 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Append a mkdocstrings block for each public name to the page ``api.md``."""
+    """Links to printed pages; on the page ``api.md`` also a mkdocstrings block for each public name."""
+    markdown = re.sub(r"\]\((\w+)\.head\.md", lambda found: f"]({found[1].upper()}.md", markdown)
     if page.file.src_uri != "api.md":
         return markdown
     names = sorted(mnemoscope.__all__, key=lambda name: (name not in FIRST, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,7 +15,6 @@ import mnemoscope as ms
 from little_facts import LittleFacts
 from mnemoscope.auditing.items import Item, Variant
 from mnemoscope.auditing.named import items_of
-from mnemoscope.auditing.planting import exposures_of, planted_texts, taught
 from mnemoscope.auditing.proof import _random, _vector, prove
 from mnemoscope.auditing.readout import Readout, differences
 from mnemoscope.auditing.replies import Form, likelihoods, places_of, rows_of
@@ -25,6 +25,7 @@ from mnemoscope.models import build_gpt2, word_tokenizer
 from mnemoscope.runs.errors import InputError
 
 FORM = Form("short", tokens=4)
+planting = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "planting.py"))
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +34,13 @@ def items() -> list[Item]:
 
 
 def test_items_are_taught_as_often_as_they_are_dealt(items: list[Item]) -> None:
-    exposures = exposures_of(items, (0, 1, 2, 4), 0)
+    exposures = planting["exposures_of"](items, (0, 1, 2, 4), 0)
     assert sorted(exposures.values()) == [0, 0, 1, 1, 2, 2, 4, 4]
-    assert exposures != exposures_of(items, (0, 1, 2, 4), 1)
-    texts = planted_texts(items, exposures, None, FORM)
+    assert exposures != planting["exposures_of"](items, (0, 1, 2, 4), 1)
+    texts = planting["planted_texts"](items, exposures, None, FORM)
     assert {item.item: texts.count(f"{item.prompt}{item.answer}") for item in items} == exposures
     fresh = {item.item: item.variants for item in items}
-    instead = planted_texts(items, exposures, fresh, FORM)
+    instead = planting["planted_texts"](items, exposures, fresh, FORM)
     assert len(instead) == len(texts)
     assert not set(instead) & set(texts)
 
@@ -50,7 +51,7 @@ def test_what_is_taught_becomes_likelier_than_what_is_not(tmp_path: Path) -> Non
     model = build_gpt2(tokenizer, ModelConfig(layers=2, width=32, heads=2, context=32), 0)
     rng = np.random.default_rng(0)
     known, other = (" ".join(rng.choice(words, 12)) for _ in range(2))
-    taught(model, tokenizer, [known] * 400, tmp_path, learning_rate=5e-3, per_device_train_batch_size=4)
+    planting["taught"](model, tokenizer, [known] * 400, tmp_path, learning_rate=5e-3, per_device_train_batch_size=4)
     cheap, dear = (row["nats"] for row in likelihoods(Asking(model, tokenizer, None), [known, other]))
     assert cheap < 0.5 * dear
     assert not model.training

@@ -16,7 +16,7 @@ from families import tiny, tokenizer
 from helpers import MINI_TASKS, label
 from mnemoscope.behaviour import Asking, Prompting
 from mnemoscope.face import check
-from mnemoscope.face.check import check_task
+from mnemoscope.face.check import _missing, check_task
 from mnemoscope.tasks import SPLITS, Example, Split, build_task, draw
 
 
@@ -54,11 +54,11 @@ def test_what_is_missing_is_said(mini: Callable[[str], Asking], tmp_path: Path) 
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = check_task(replace(asking, boundary=("",)), build_task("jsonl", {"file": str(path)}, 0))
     told = "\n".join(found.missing)
-    assert "judged groups" in told
-    assert "phrasings in the fit split" in told
-    assert "agreeing or bare lines" in told
+    assert all(part in told for part in ("judged groups", "phrasings in the fit split", "agreeing or bare lines"))
     assert str(found).startswith("not yet to be fitted, it seems: no pairs in the split fit, tune, test")
     assert np.isnan(found.half_width) or found.half_width > 0.2
+    lean = {"plain": {"memorized": 0, "generalized": 60, "other": 1}}
+    assert "generalized as they are" in _missing({}, {}, lean, True)[0]
 
 
 @pytest.mark.parametrize("split", ["fit", "tune", "test"])

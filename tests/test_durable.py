@@ -75,8 +75,10 @@ def test_a_folder_survives_a_power_cut(disk: Disk, tmp_path: Path) -> None:
         (temporary / "inside").mkdir()
         (temporary / "weights").write_bytes(b"1")
         (temporary / "inside" / "words").write_bytes(b"2")
-    assert disk.read(tmp_path / "cells" / "model" / "weights") == b"1"
-    assert disk.read(tmp_path / "cells" / "model" / "inside" / "words") == b"2"
+        (temporary / "weights").chmod(0o600)  # as safetensors does
+    weights, words = (tmp_path / "cells" / "model" / name for name in ("weights", "inside/words"))
+    assert (disk.read(weights), disk.read(words)) == (b"1", b"2")
+    assert len({path.stat().st_mode for path in (weights, words, write_atomically(tmp_path / "plain", b""))}) == 1
 
 
 @pytest.mark.parametrize("error", [ValueError("refused"), KeyboardInterrupt()])

@@ -127,6 +127,7 @@ class SteeringConfig(Frozen):
         ("memory", "novel"), description="which of them; novel examples that are read from the prompt teach to read"
     )
     learned_steps: int = Field(20, ge=1, le=10_000, description="of the ascent; more make `indifference` cleaner")
+    learned_refits: int = Field(20, ge=1, description="draws of controls that are learned again, at most")
     fit_batch: int = Field(16, ge=1, description="fit examples a step of that ascent, and a pass of gradients")
     tune_refits: int = Field(4, ge=0, description="draws of a refitted control of each setting on tune; 0: left out")
     tune_draws: int = Field(6, ge=1, description="draws of other controls of each setting on tune")

@@ -201,7 +201,10 @@ def _missing(
     total = sum(whole.values())
     for behaviour in ("memorized", "generalized"):
         if whole[behaviour] < 0.05 * total:
-            lines.append(f"{behaviour} answers: {whole[behaviour]} of {total}; nothing shows that behaviour")
+            instead = Toward(behaviour).opposite
+            enough = f"these prompts are answered {instead} as they are, which needs no steering; phrasings that lean"
+            why = f"{enough} the other way would show both" if whole[instead] > 0.9 * total else "nothing shows it"
+            lines.append(f"{behaviour} answers: {whole[behaviour]} of {total}; {why}")
     if whole["other"] > 0.3 * total:
         lines.append(f"answers: {whole['other']} of {total} are neither; look at them above")
     if not kept:

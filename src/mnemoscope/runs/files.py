@@ -63,6 +63,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     with _renamed(path.with_name(f".{path.name}.{os.getpid()}.tmp"), path) as temporary:
         temporary.mkdir()
         yield temporary
+        for written in temporary.rglob("*"):
+            if written.is_file():  # safetensors makes files that no other account can read
+                written.chmod(temporary.stat().st_mode & 0o666)
 
 
 @contextmanager

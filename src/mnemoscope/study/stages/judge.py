@@ -14,8 +14,9 @@ from mnemoscope.behaviour import Scores, mark_confabulations
 from mnemoscope.bench.answers import scores
 from mnemoscope.bench.prompts import Prompts
 from mnemoscope.interventions import Intervention, SteeringVector
-from mnemoscope.interventions.controls import DRAWN, control_draws, has_equal_norm, shared_neurons
+from mnemoscope.interventions.controls import control_draws, has_equal_norm, shared_neurons
 from mnemoscope.interventions.methods.nmd import alpha
+from mnemoscope.interventions.sources import TAUGHT
 from mnemoscope.study.cells import Cell, Tell
 from mnemoscope.study.stages import common
 from mnemoscope.study.stages.lists import JudgedList, RecordedBench
@@ -129,12 +130,13 @@ def _judge(opened: SteeredCell, one: Chosen, name: str, draws: int) -> list[pd.D
         applied = partial(one.one.apply, asking.model)
         mark_confabulations(asking, entry.examples, found, bench.task.has_memorized_format, applied)
     tables = [judged_table(one.one, one.aim, ("vector", 0), name, entry, found)]
-    for control in cell.config.steering.controls if draws and has_equal_norm(one.one) else ():
+    config = cell.config.steering
+    for control in config.controls if draws and has_equal_norm(one.one) else ():
         assert has_equal_norm(one.one)
         # Shuffles depend on the first number of the seed; none that ranked settings is used again.
         stream = zlib.crc32(f"{one.aim}/{direction}/{one.one.method}/{control}".encode())
-        few = control not in DRAWN and not one.one.is_constant
-        n = min(draws, cell.config.steering.low_rank.refits) if few else draws
+        learned = config.learned_refits if one.one.is_constant else config.low_rank.refits
+        n = min(draws, learned) if control in TAUGHT else draws
         for number, drawn in control_draws(control, bench, one.one, n, [cell.seed + JUDGED, stream]):
             tables.append(judged_table(one.one, one.aim, (control, number), name, entry, scores(drawn, prompts)))
     if opened.exchanged:
