@@ -372,7 +372,7 @@ def test_what_fitted_cannot_do_is_one_line_in_python_and_on_the_command_line(use
     for arguments, message in (
         (("detect", "zz", "--from", out), "prompt: the tokenizer has no token for 'zz' in 'zz'"),
         (("detect", "1+2=", "--from", out, "--chat"), chat),
-        (("detect", "1+2=", "--from", file), "set detection.fitted: true"),
+        (("detect", "1+2=", "--from", file), "a fit of your own has one"),
         (("steer", "1+2=", "--from", out, "--toward", "both"), "toward: 'both'"),
         (("steer", "1+2=", "--from", file, "--toward", "memorized"), "has no lever to memorized; it has generalized"),
         (("steer", "1+2=", "--from", file, "--toward", "generalized", "--gate", "0.5"), "detector: "),

@@ -345,6 +345,6 @@ class Fitted:
         if detector is None:
             files = sorted(self.source.rglob("no_detector.json"))
             reasons = [read_json(intact(path), WhyFacts)["why"] for path in files]
-            why = reasons[0] if reasons else "set detection.fitted: true, or open the run instead of one vector"
+            why = reasons[0] if reasons else "a fit of your own has one, a study with detection.fitted: true, too"
             raise InputError(f"detector: {self.source} has none ({why})")
         return detector

@@ -69,12 +69,12 @@ class Binding:
             return self.weights == other.weights
         return bool({self.rounded, self.half} & {other.rounded, other.half})
 
-    def check(self, found: Binding, what: str) -> None:
+    def check(self, found: Binding, what: str, hint: str = "") -> None:
         """Raises InputError where another model was ``found``; the field that differs is named."""
         for name in ("model_type", "weights", "tokenizer"):
             mine, value = getattr(self, name), getattr(found, name)
             if not (self.has_weights_of(found) if name == "weights" else mine == value):
-                raise InputError(f"{name}: the {what} was made on {mine}, this model has {value}; force overrides")
+                raise InputError(f"{name}: the {what} was made on {mine}, this model has {value}{hint}")
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class Artefact:
         if not force and tokenizer is not None:
             if self.binding is None:
                 raise InputError(f"binding: the {self.WHAT} does not say which model it was made on; force overrides")
-            self.binding.check(found or Binding.of(model, tokenizer), self.WHAT)
+            self.binding.check(found or Binding.of(model, tokenizer), self.WHAT, "; force overrides")
         self.check_shape(model)
 
 

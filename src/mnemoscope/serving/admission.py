@@ -122,7 +122,7 @@ class Offered:
         for artefact in offered.artefacts.values():
             if artefact.binding is None:
                 raise InputError(f"binding: the {artefact.WHAT} of {source} does not say which model it was made on")
-            artefact.binding.check(binding, artefact.WHAT)
+            artefact.binding.check(binding, f"{artefact.WHAT} of {source}")
         return offered
 
     @property
