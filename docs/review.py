@@ -1,8 +1,8 @@
 """Print the review, what runs answer of the eleven gaps: ``python docs/review.py RUN... [--write FILE]``.
 
 The first run is that of small models, the others are those of point 11. With ``--again RUN...`` the page ends with the
-same studies as later code ran them. What is published is kept in ``docs/results/review.json``; the README has its table
-"In short".
+same studies as later code ran them; ``--roundings RUN...`` are trainings of one seed under settings that round
+otherwise. What is published is kept in ``docs/results/review.json``; the README has its table "In short".
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ from mnemoscope.report.words import layers as layer_names
 from mnemoscope.statistics import Estimate, over_seeds
 
 NOT = "-"
+ROUNDINGS = "One seed, other roundings"
 TOWARD = {direction: direction.replace("_", " ") for direction in DIRECTIONS}
 SITES = ("block", "attention", "mlp", "neuron")
 DOSES = ("-1", "0", "0.5", "1", "2")
 Tasks = dict[str, Part]
 
 
-def sections(folders: list[Path], later: list[Path]) -> Sections:
+def sections(folders: list[Path], later: list[Path], roundings: list[Path]) -> Sections:
     """The tables, by point."""
     found, repeated = [[read(run) for run in runs] for runs in (folders, later)]
     first, *others = found
@@ -56,6 +57,7 @@ def sections(folders: list[Path], later: list[Path]) -> Sections:
     by_study = {results.study: of for results, of in zip(found, [tasks, *others_tasks], strict=True)}
     points = {
         "In short": [short(by_study)],
+        **({ROUNDINGS: [rounded(tasks, [read(run).tasks for run in roundings])]} if roundings else {}),
         "1 and 3: what the models do, and how many pairs there are": [behaviours(first), *failures(first)],
         "2: what steers, beside controls of equal norm": [
             *(steering(tasks, direction) for direction in DIRECTIONS),
@@ -418,6 +420,22 @@ def short(found: dict[str, Tasks]) -> Table:
     )
 
 
+def rounded(published: Tasks, trained: list[Tasks]) -> Table:
+    """How far shares of one seed lie apart where its trainings round otherwise, beside how far published seeds do."""
+    rows = []
+    for label in trained[0]:
+        row = [label, str(len(trained))]
+        for direction in DIRECTIONS:
+            blocks = [tasks[label].steering[direction] for tasks in trained]
+            shares = sorted(block.pairs.shift.estimate for block in blocks)
+            control = max(block.beside["pairs"].shift.estimate for block in blocks)
+            seeds = sorted(seed.pairs.shift.estimate for seed in of_seeds(published[label], direction))
+            row.append(f"{shares[0]:.3f} to {shares[-1]:.3f}; {control:.3f}; {seeds[0]:.3f} to {seeds[-1]:.3f}")
+        rows.append(row)
+    columns = [f"{towards}: shift; largest control; published seeds" for towards in TOWARD.values()]
+    return Table("Test pairs, lowest and highest share of one seed's trainings", ["task", "trainings", *columns], rows)
+
+
 def three(found: Estimate) -> str:
     """A share to three places."""
     return f"{found.estimate:.3f}" if found.known else NOT
@@ -440,6 +458,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--again", nargs="+", type=Path, default=[], help="runs of the same studies by later code")
+    parser.add_argument("--roundings", nargs="+", type=Path, default=[], help="of scripts/anywhere.sh, one seed each")
     parser.add_argument("--write", type=Path, help="file for the tables, docs/results/review.json")
     asked = parser.parse_args()
-    put("review", sections(asked.runs, asked.again), asked.write)
+    put("review", sections(asked.runs, asked.again, asked.roundings), asked.write)

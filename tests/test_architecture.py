@@ -89,7 +89,7 @@ def test_the_table_has_no_circle() -> None:
 
 # What there may be at most. Bounds above what is wanted are today's numbers; what is wanted stands beside them.
 BOUNDS = {
-    "lines of src": 30_411,  # 19_500; 24_740, 700 with the levers, the fair arena, audits, origins, and serving
+    "lines of src": 30_412,  # 19_500; 24_740, 700 with the levers, the fair arena, audits, origins, and serving
     "lines of paper": 2_000,
     "lines of rivals": 1_200,
     "lines of tests": 17_590,  # 11_000

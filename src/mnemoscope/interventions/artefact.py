@@ -113,7 +113,8 @@ class Card:
 
 def _interval(rate: dict[str, float]) -> str:
     low, high = (rate.get(end, math.nan) for end in ("low", "high"))
-    return f"{rate['estimate']:.3f} [{low:.3f}, {high:.3f}], n = {rate['n']:.0f}"
+    interval = "no interval, as groups are few" if math.isnan(low) else f"[{low:.3f}, {high:.3f}]"
+    return f"{rate['estimate']:.3f} {interval}, n = {rate['n']:.0f}"
 
 
 @dataclass(frozen=True, kw_only=True)
