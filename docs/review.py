@@ -1,8 +1,9 @@
 """Print the review, what runs answer of the eleven gaps: ``python docs/review.py RUN... [--write FILE]``.
 
-The first run is that of small models, the others are those of point 11. With ``--again RUN...`` the page ends with the
-same studies as later code ran them; ``--roundings RUN...`` are trainings of one seed under settings that round
-otherwise. What is published is kept in ``docs/results/review.json``; the README has its table "In short".
+The first run is that of small models, the others are those of point 11. ``--again RUN...`` are the same studies as
+later code ran them, ``--roundings RUN...`` trainings of one seed under settings that round otherwise; without other
+runs their sections are added to what FILE has. What is published is kept in ``docs/results/review.json``; the README
+has its table "In short".
 """
 
 from __future__ import annotations
@@ -49,15 +50,25 @@ Tasks = dict[str, Part]
 
 def sections(folders: list[Path], later: list[Path], roundings: list[Path]) -> Sections:
     """The tables, by point."""
-    found, repeated = [[read(run) for run in runs] for runs in (folders, later)]
-    first, *others = found
+    found = [read(run) for run in folders]
     if len({results.study for results in found}) < len(found):
         raise SystemExit("RUN: two runs are of one study")
+    points = answers(found, folders) if found else {}
+    if roundings:
+        points[ROUNDINGS] = [rounded([read(run).tasks for run in roundings])]
+    for folder in later:
+        results = read(folder)
+        points[f"The same seeds again, `{results.study}`"] = [again(analysed(results, folder))]
+    return {title: list(parts(tables)) for title, tables in points.items()}
+
+
+def answers(found: list[Part], folders: list[Path]) -> dict[str, list[Table]]:
+    """The tables of what is published, by point."""
+    first, *others = found
     tasks, *others_tasks = [analysed(*each) for each in zip(found, folders, strict=True)]
     by_study = {results.study: of for results, of in zip(found, [tasks, *others_tasks], strict=True)}
     points = {
         "In short": [short(by_study)],
-        **({ROUNDINGS: [rounded(tasks, [read(run).tasks for run in roundings])]} if roundings else {}),
         "1 and 3: what the models do, and how many pairs there are": [behaviours(first), *failures(first)],
         "2: what steers, beside controls of equal norm": [
             *(steering(tasks, direction) for direction in DIRECTIONS),
@@ -75,15 +86,7 @@ def sections(folders: list[Path], later: list[Path], roundings: list[Path]) -> S
     }
     for results, of in zip(others, others_tasks, strict=True):
         points[f"11: pretrained models, `{results.study}`"] = [*pretrained(results, of)]
-    for results, folder in zip(repeated, later, strict=True):
-        if results.study not in by_study:
-            raise SystemExit(f"--again: {folder} is of {results.study}, which is not among the runs")
-        title = f"The same seeds again, `{results.study}`"
-        if title in points:
-            raise SystemExit(f"--again: {folder} is the second of {results.study}; give one run of a study")
-        of = analysed(results, folder)
-        points[title] = [again(by_study[results.study], of)]
-    return {title: list(parts(tables)) for title, tables in points.items()}
+    return points
 
 
 def parts(tables: list[Table]) -> Iterator[str | printing.Table]:
@@ -385,20 +388,16 @@ def held_out(label: str, task: Part) -> Iterator[list[str]]:
             yield [f"{label}, another {name}", *map(ranged, shifts)]
 
 
-def again(first: Tasks, later: Tasks) -> Table:
-    """Two runs of the same seeds beside each other: the shift of each seed, the strongest control, what was chosen."""
+def again(later: Tasks) -> Table:
+    """What a later run of the same seeds found: the shift, of each seed too, the strongest control, what was chosen."""
     rows = []
-    for label in (label for label in first if label in later):
+    for label, task in later.items():
         for direction, towards in TOWARD.items():
-            row, settings = [label, towards], []
-            for task in (first[label], later[label]):
-                block, seeds = task.steering[direction], of_seeds(task, direction)
-                each = ", ".join(three(seed.pairs.shift) for seed in seeds)
-                row.append(f"{three(block.pairs.shift)} ({each}); {strongest(block)}")
-                settings.append([(c.method, c.site, c.layers, c.top, c.strength) for c in (s.chosen for s in seeds)])
-            same = sum(a == b for a, b in zip(*settings, strict=True))
-            rows.append([*row, f"{same} of {len(settings[0])}"])
-    columns = ["task", "direction", "first: shift (by seed); strongest control", "again", "seeds with the same setting"]
+            block, seeds = task.steering[direction], of_seeds(task, direction)
+            each = ", ".join(three(seed.pairs.shift) for seed in seeds)
+            by = ", ".join(f"{seed.chosen.method}, {layer_names(seed.chosen.layers)}" for seed in seeds)
+            rows.append([label, towards, f"{three(block.pairs.shift)} ({each})", strongest(block), by])
+    columns = ["task", "direction", "shift (by seed)", "strongest control", "method and layers, by seed"]
     return Table("Test pairs, the best method by the tune split", columns, rows)
 
 
@@ -420,20 +419,22 @@ def short(found: dict[str, Tasks]) -> Table:
     )
 
 
-def rounded(published: Tasks, trained: list[Tasks]) -> Table:
-    """How far shares of one seed lie apart where its trainings round otherwise, beside how far published seeds do."""
+def rounded(trained: list[Tasks]) -> Table:
+    """How far shares of one seed lie apart where its trainings round otherwise."""
     rows = []
     for label in trained[0]:
-        row = [label, str(len(trained))]
+        row = [label, str(sum(label in tasks for tasks in trained))]
         for direction in DIRECTIONS:
-            blocks = [tasks[label].steering[direction] for tasks in trained]
+            blocks = [tasks[label].steering[direction] for tasks in trained if label in tasks]
             shares = sorted(block.pairs.shift.estimate for block in blocks)
-            control = max(block.beside["pairs"].shift.estimate for block in blocks)
-            seeds = sorted(seed.pairs.shift.estimate for seed in of_seeds(published[label], direction))
-            row.append(f"{shares[0]:.3f} to {shares[-1]:.3f}; {control:.3f}; {seeds[0]:.3f} to {seeds[-1]:.3f}")
+            controls = sorted(block.beside["pairs"].shift.estimate for block in blocks)
+            taken = Counter(block.chosen.method for block in blocks).most_common()
+            row += [f"{shares[0]:.3f} to {shares[-1]:.3f}", f"{controls[0]:.3f} to {controls[-1]:.3f}"]
+            row.append(" and ".join(f"{method} in {count}" for method, count in taken))
         rows.append(row)
-    columns = [f"{towards}: shift; largest control; published seeds" for towards in TOWARD.values()]
-    return Table("Test pairs, lowest and highest share of one seed's trainings", ["task", "trainings", *columns], rows)
+    columns = [f"{towards}{what}" for towards in TOWARD.values() for what in (": shift", ": control", ": by")]
+    caption = "Test pairs, lowest and highest share of one seed's trainings, and of their strongest controls"
+    return Table(caption, ["task", "trainings", *columns], rows)
 
 
 def three(found: Estimate) -> str:
@@ -456,9 +457,13 @@ def two(found: Estimate) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--again", nargs="+", type=Path, default=[], help="runs of the same studies by later code")
     parser.add_argument("--roundings", nargs="+", type=Path, default=[], help="of scripts/anywhere.sh, one seed each")
     parser.add_argument("--write", type=Path, help="file for the tables, docs/results/review.json")
     asked = parser.parse_args()
-    put("review", sections(asked.runs, asked.again, asked.roundings), asked.write)
+    if not asked.runs + asked.again + asked.roundings:
+        parser.error("give RUN..., --again or --roundings")
+    found = sections(asked.runs, asked.again, asked.roundings)
+    kept = json.loads(asked.write.read_text()) if asked.write and not asked.runs else {}
+    put("review", kept | found, asked.write)

@@ -309,15 +309,16 @@ def test_the_page_fits_the_screen(run: Path, browser: Any, width: int) -> None:
 
 def test_claims_and_tables_are_printed_of_any_run(run: Path, nothing_flips: Path) -> None:
     told = printing.page("claims", claims.sections([run, nothing_flips]))
-    assert "| addition (run) | 1 |" in told
-    assert "| inference (nothing) | 1 | -" in told
+    assert all(part in told for part in ("| addition (run) | 1 |", "| inference (nothing) | 1 | -"))
     results = results_of(run)
     shared = next(r for r in results.seeds.inference if r.what == "overlap_in_layers" and r.top == 0.1)
     assert f"| inference, block, seeds two by two: 1 (run) | {shared.value.estimate:.2f}" in told
     best = results.tasks.inference.steering.to_generalized
     shift = f"{best.pairs.shift.estimate:.3f} ({best.pairs.shift.low:.2f} to "
-    told = printing.page("review", review.sections([run], []))
-    assert f"| inference | **{shift}" in told
+    told = printing.page("review", review.sections([run], [run], [run, run]))
+    share = shift.partition(" ")[0]
+    wanted = f"| inference | 2 | {share} to {share} |", f"inference | to generalized | {share} (", f"| **{shift}"
+    assert [part for part in wanted if part not in told] == []
     assert all(f"## {point}" in told for point in ("1 and 3", *map(str, (2, *range(4, 11)))))
     control = max(one.pairs.shift.estimate for one in best.controls.values() if one.pairs.shift.known)
     assert re.search(rf"\| `inference` \| 2 \| {re.escape(shift)}[^|]*, {control:.3f}, ", told)
