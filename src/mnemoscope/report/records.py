@@ -18,9 +18,10 @@ from mnemoscope.runs.errors import InputError, refusing
 from mnemoscope.runs.schemas import CellFacts, ManifestFacts, ProbeFacts, StudyFacts, WhyFacts, read_chosen
 from mnemoscope.runs.strict import bounded_table, checked, read_json, read_text
 from mnemoscope.runs.yaml import MOST_YAML, parse_yaml
+from mnemoscope.statistics import group_index
 from mnemoscope.statistics.contrast import Contrast
 
-# Text columns of the large tables, which repeat few words: read as categories, they take a byte a row.
+# Text columns of the large tables, which repeat few words: as categories they take a byte a row; groups are numbers.
 LARGE = ("steering", "effects", "transfer_steering")
 WORDS = ["aim", "direction", "method", "role", "examples", "group", "family", "split", "before", "after"]
 WORDS += ["what", "site", "side"]
@@ -165,4 +166,8 @@ def _table(folder: Path, name: str, optional: bool = False) -> Any:
         if column not in present:
             raise InputError(f"{path}: column {column!r} is missing")
     words = WORDS if name in LARGE else None
-    return read_intact(path, lambda p: pd.read_parquet(bounded_table(p), columns=wanted, read_dictionary=words))
+    table = read_intact(path, lambda p: pd.read_parquet(bounded_table(p), columns=wanted, read_dictionary=words))
+    if words:  # names are sorted once, not for each of some thousand intervals
+        names = table.group.astype("category").cat
+        table["group"] = group_index(names.categories, len(names.categories))[names.codes]
+    return table

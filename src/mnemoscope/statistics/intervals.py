@@ -9,7 +9,7 @@ Shapes: N examples, G groups, P positives, Q negatives.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -186,31 +186,28 @@ def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
     if np.ptp(values_S) == 0:
         return over_draws(kept)
     middle, half = float(values_S.mean()), _t(len(kept) - 1) * float(values_S.std(ddof=1)) / math.sqrt(len(kept))
-    return _pooled(kept, middle, middle - half, middle + half)
+    return _pooled(kept, lambda *_: (middle, middle - half, middle + half))
 
 
 def over_draws(estimates: Sequence[Estimate]) -> Estimate:
     """Of seeds' ``mean_with_range`` the mean of their means, with the range of all; `n` is the sum."""
-    kept = [estimate for estimate in estimates if estimate.known]
-    if not kept:
-        return Estimate.undefined()
-    low = np.fmin.reduce([one.low for one in kept])  # fmin and fmax pass over NaN
-    return _pooled(
-        kept, float(np.mean([one.estimate for one in kept])), low, np.fmax.reduce([one.high for one in kept])
-    )
+    # fmin and fmax pass over NaN.
+    return _pooled(estimates, lambda each, low, high: (each.mean(), np.fmin.reduce(low), np.fmax.reduce(high)))
 
 
 def averaged(estimates: Sequence[Estimate]) -> Estimate:
     """Of seeds' distributions by chance the mean, and the mean of each end; `n` is the sum."""
+    return _pooled(estimates, lambda *each_3S: np.mean(each_3S, axis=1))
+
+
+def _pooled(estimates: Sequence[Estimate], of: Callable[[Floats, Floats, Floats], Iterable[float]]) -> Estimate:
+    """What ``of`` makes of the estimates, lower and upper ends of all seeds that have one."""
     kept = [estimate for estimate in estimates if estimate.known]
     if not kept:
         return Estimate.undefined()
-    return _pooled(kept, *np.mean([(one.estimate, one.low, one.high) for one in kept], axis=0))
-
-
-def _pooled(kept: Sequence[Estimate], middle: float, low: float, high: float) -> Estimate:
-    """An estimate from all that several come from."""
-    return Estimate(float(middle), float(low), float(high), sum(one.n for one in kept), sum(one.groups for one in kept))
+    each_3S = np.transpose([(one.estimate, one.low, one.high) for one in kept])
+    middle, low, high = map(float, of(*each_3S))
+    return Estimate(middle, low, high, sum(one.n for one in kept), sum(one.groups for one in kept))
 
 
 def mean_with_range(values: ArrayLike) -> Estimate:

@@ -70,26 +70,24 @@ def ablation(rows: pd.DataFrame) -> dict[str, Any]:
 
 def _beyond_random(ours: pd.DataFrame, random: pd.DataFrame) -> Estimate:
     """What is lost beyond random neurons, over pairs and draws; one draw says nothing of others and has no interval."""
-    drawn = {draw: _separations(part).lost.reindex(ours.index) for draw, part in random.groupby("draw")}
-    if not drawn:
+    lost = _separations(random, "draw").lost.unstack("example").reindex(columns=ours.index)  # by draw and pair
+    if lost.empty:
         return Estimate.undefined()
-    beyond = pd.concat([ours.lost - lost for lost in drawn.values()])
-    found = mean(beyond, pd.concat([ours.group] * len(drawn)), np.repeat(list(drawn), len(ours)))
-    return found if len(drawn) > 1 else replace(found, low=math.nan, high=math.nan)
+    each = np.broadcast_arrays(ours.lost - lost, ours.group, lost.index.to_numpy()[:, None])
+    found = mean(*map(np.ravel, each))
+    return found if len(lost) > 1 else replace(found, low=math.nan, high=math.nan)
 
 
-def _separations(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per pair, averaged over draws: separation ``before`` and ``after``, what is ``lost``, and the group.
+def _separations(rows: pd.DataFrame, *apart: str) -> pd.DataFrame:
+    """One row per pair, averaged over draws unless ``apart``: separation ``before`` and ``after``, ``lost``, the group.
 
     The separation is the margin of the generalized side minus that of the memorized one.
     """
-    by_pair = rows.groupby(["example", "side"], observed=True)[["margin_before", "margin"]].mean().unstack("side")
-    groups = rows.drop_duplicates("example").set_index("example").group
-    table = pd.DataFrame({"group": groups}).sort_index()
-    for key, column in (("before", "margin_before"), ("after", "margin")):
-        found = by_pair.get(column, pd.DataFrame(index=table.index))
-        table[key] = found.get("generalized", np.nan) - found.get("memorized", np.nan)
-    return table.assign(lost=table.before - table.after)
+    keys, sides = ["example", *apart], ("generalized", "memorized")
+    first, second = (rows[rows.side == side].groupby(keys)[["margin_before", "margin"]].mean() for side in sides)
+    table = (first - second).set_axis(["before", "after"], axis=1)
+    groups = rows.drop_duplicates("example").set_index("example").group.reindex(table.index.get_level_values(0))
+    return table.assign(lost=table.before - table.after, group=groups.to_numpy())
 
 
 def measure_sweep(cells: Sequence[Cell]) -> list[dict[str, Any]]:
