@@ -1,7 +1,7 @@
 """Print the review, what runs answer of the eleven gaps: ``python docs/review.py RUN... [--write FILE]``.
 
-The first run is that of small models, the others are those of point 11. ``--again RUN...`` are the same studies as
-later code ran them, ``--roundings RUN...`` trainings of one seed under settings that round otherwise; without other
+The first run is that of small models, the others are those of point 11. ``--again RUN...`` are later runs of the
+same studies, ``--roundings RUN...`` trainings of one seed under settings that round otherwise; without other
 runs their sections are added to what FILE has. What is published is kept in ``docs/results/review.json``; the README
 has its table "In short".
 """
@@ -58,7 +58,7 @@ def sections(folders: list[Path], later: list[Path], roundings: list[Path]) -> S
         points[ROUNDINGS] = [rounded([read(run).tasks for run in roundings])]
     for folder in later:
         results = read(folder)
-        points[f"The same seeds again, `{results.study}`"] = [again(analysed(results, folder))]
+        points[f"Run again, `{results.study}`"] = [*again(analysed(results, folder))]
     return {title: list(parts(tables)) for title, tables in points.items()}
 
 
@@ -372,12 +372,17 @@ def pretrained(results: Part, tasks: Tasks) -> Iterator[Table]:
     yield from failures(results)
     yield from (steering(tasks, direction) for direction in DIRECTIONS)
     yield from (controls(tasks, direction) for direction in DIRECTIONS)
-    held = [row for label, task in tasks.items() for row in held_out(label, task)]
-    if held:
-        yield Table("Test pairs of what was held out", ["task", *TOWARD.values()], held)
+    yield from kept_apart(tasks)
     yield from (methods(tasks, direction) for direction in DIRECTIONS)
     yield probes(tasks)
     yield costs(tasks)
+
+
+def kept_apart(tasks: Tasks) -> Iterator[Table]:
+    """The shares of all tasks on what they hold out."""
+    held = [row for label, task in tasks.items() for row in held_out(label, task)]
+    if held:
+        yield Table("Test pairs of what was held out", ["task", *TOWARD.values()], held)
 
 
 def held_out(label: str, task: Part) -> Iterator[list[str]]:
@@ -388,17 +393,19 @@ def held_out(label: str, task: Part) -> Iterator[list[str]]:
             yield [f"{label}, another {name}", *map(ranged, shifts)]
 
 
-def again(later: Tasks) -> Table:
-    """What a later run of the same seeds found: the shift, of each seed too, the strongest control, what was chosen."""
+def again(later: Tasks) -> Iterator[Table]:
+    """What a later run found: the shift, of each seed too, the strongest control, by what, and what was held out."""
     rows = []
     for label, task in later.items():
         for direction, towards in TOWARD.items():
             block, seeds = task.steering[direction], of_seeds(task, direction)
             each = ", ".join(three(seed.pairs.shift) for seed in seeds)
             by = ", ".join(f"{seed.chosen.method}, {layer_names(seed.chosen.layers)}" for seed in seeds)
-            rows.append([label, towards, f"{three(block.pairs.shift)} ({each})", strongest(block), by])
-    columns = ["task", "direction", "shift (by seed)", "strongest control", "method and layers, by seed"]
-    return Table("Test pairs, the best method by the tune split", columns, rows)
+            row = [label, towards, ", ".join(map(str, task.seeds))]
+            rows.append([*row, f"{ranged(block.pairs.shift)} ({each})", strongest(block), by])
+    columns = ["task", "direction", "seeds", "shift (by seed)", "strongest control", "method and layers, by seed"]
+    yield Table("Test pairs, the best method by the tune split", columns, rows)
+    yield from kept_apart(later)
 
 
 def short(found: dict[str, Tasks]) -> Table:
@@ -458,7 +465,7 @@ def two(found: Estimate) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="*", type=Path)
-    parser.add_argument("--again", nargs="+", type=Path, default=[], help="runs of the same studies by later code")
+    parser.add_argument("--again", nargs="+", type=Path, default=[], help="later runs of studies that are published")
     parser.add_argument("--roundings", nargs="+", type=Path, default=[], help="of scripts/anywhere.sh, one seed each")
     parser.add_argument("--write", type=Path, help="file for the tables, docs/results/review.json")
     asked = parser.parse_args()

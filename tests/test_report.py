@@ -316,8 +316,8 @@ def test_claims_and_tables_are_printed_of_any_run(run: Path, nothing_flips: Path
     best = results.tasks.inference.steering.to_generalized
     shift = f"{best.pairs.shift.estimate:.3f} ({best.pairs.shift.low:.2f} to "
     told = printing.page("review", review.sections([run], [run], [run, run]))
-    share = shift.partition(" ")[0]
-    wanted = f"| inference | 2 | {share} to {share} |", f"inference | to generalized | {share} (", f"| **{shift}"
+    share, seeds = shift.partition(" ")[0], ", ".join(map(str, results.tasks.inference.seeds))
+    wanted = f"| inference | 2 | {share} to {share} |", f"to generalized | {seeds} | {shift}", f"| **{shift}"
     assert [part for part in wanted if part not in told] == []
     assert all(f"## {point}" in told for point in ("1 and 3", *map(str, (2, *range(4, 11)))))
     control = max(one.pairs.shift.estimate for one in best.controls.values() if one.pairs.shift.known)
