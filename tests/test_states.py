@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,21 +72,6 @@ def test_a_reading_of_some_layers_does_not_run_the_blocks_above() -> None:
     assert hook_count(model) == before
 
 
-@contextmanager
-def tokens_read(asking: Asking) -> Iterator[list[int]]:
-    """Tokens of every pass through the model inside the context, padding left out."""
-    counts: list[int] = []
-
-    def count(module: torch.nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
-        counts.append(int(kwargs["attention_mask"].sum()))
-
-    handle = asking.model.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield counts
-    finally:
-        handle.remove()
-
-
 def test_what_was_kept_is_not_read_again_and_is_what_a_fresh_reading_gives(
     mini: Callable[[str], Asking], tmp_path: Path
 ) -> None:
@@ -98,16 +82,19 @@ def test_what_was_kept_is_not_read_again_and_is_what_a_fresh_reading_gives(
     order = np.random.default_rng(0).permutation(40)
     some = [examples[n] for n in order[:25]]
     read_states(asking, some, "block", kept=KeptStates(tmp_path))
-    with tokens_read(asking) as counts:
-        kept = KeptStates(tmp_path)  # as another process opens it
-        again = read_states(asking, some, "block", kept=kept)
-        assert counts == []
-        mixed = read_states(asking, examples, "block", kept=kept)
-        assert sum(counts) == sum(lengths[n] for n in order[25:])
-        read_states(asking, examples, "block", kept=kept)
-        assert sum(counts) == sum(lengths[n] for n in order[25:])
-        read_states(asking, some, "mlp", kept=kept)  # another site is another reading
-        assert sum(counts) == sum(lengths)
+    counts, kept = list[int](), KeptStates(tmp_path)  # as another process opens it
+    count = asking.model.register_forward_pre_hook(
+        lambda module, args, kwargs: counts.append(int(kwargs["attention_mask"].sum())), with_kwargs=True
+    )
+    again = read_states(asking, some, "block", kept=kept)
+    assert counts == []
+    mixed = read_states(asking, examples, "block", kept=kept)
+    assert sum(counts) == sum(lengths[n] for n in order[25:])
+    read_states(asking, examples, "block", kept=kept)
+    assert sum(counts) == sum(lengths[n] for n in order[25:])
+    read_states(asking, some, "mlp", kept=kept)  # another site is another reading
+    assert sum(counts) == sum(lengths)
+    count.remove()
     for found, rows in ((again, order[:25]), (mixed, np.arange(40))):
         np.testing.assert_allclose(found.at_decision_NLD, fresh.at_decision_NLD[rows], atol=1e-4)
         np.testing.assert_allclose(found.uncertainty_N2, fresh.uncertainty_N2[rows], atol=1e-4)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,7 +69,7 @@ def capturing(
     site: Site,
     layers: Sequence[int] | None = None,
     offsets: Sequence[int] | None = (0,),
-    stop: bool = False,
+    stop: Callable[[], bool] = bool,
 ) -> Iterator[list[Tensor]]:
     """Capture states: every pass inside the context fills the list with one (N, O, D) tensor per layer.
 
@@ -78,7 +78,7 @@ def capturing(
     Args:
         layers: default: all.
         offsets: columns before the last one; None: all columns of a pass, in order.
-        stop: end the pass, and with it the context, behind the last of the layers.
+        stop: whether to end a pass, and with it the context, behind the last of the layers; asked there.
     """
     check_hookable(model)
     wanted = list(range(len(blocks_of(model))) if layers is None else layers)
@@ -96,7 +96,7 @@ def capturing(
         if offsets is not None:
             found_NTD = found_NTD[:, [found_NTD.shape[1] - 1 - offset for offset in offsets]]
         states[place] = found_NTD.detach().clone()
-        if stop and place == len(wanted) - 1:
+        if not left and stop():
             raise _ReadEnoughError
 
     with suppress(_ReadEnoughError), ExitStack() as stack:
@@ -116,7 +116,7 @@ def states_at_the_end(
     model: PreTrainedModel, ids_NT: Tensor, mask_NT: Tensor, site: Site, layers: Sequence[int] | None = None
 ) -> np.ndarray:
     """Float32 states (N, L, D) at the last column of a left-padded batch; blocks above the last layer are not run."""
-    with capturing(model, site, layers, stop=layers is not None) as states:
+    with capturing(model, site, layers, stop=lambda: layers is not None) as states:
         backbone_of(model)(**pass_inputs(model, ids_NT, mask_NT) | {"use_cache": False})
     return stacked_states(states)[0]
 

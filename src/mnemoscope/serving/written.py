@@ -28,7 +28,7 @@ class Written:
     Attributes:
         decision: position of the last prompt token; ``document``: whether the prompt has one.
         seen: tokens whose states were read, from that one on; ``state_LD``: those of the last of them.
-        logp_V, entropy: of what may follow it.
+        logits_V, total: of what may follow it, whose log probabilities are their difference; ``entropy``.
         fresh: what is known of tokens and was not told yet.
     """
 
@@ -36,7 +36,8 @@ class Written:
     document: bool
     seen: int = 0
     state_LD: np.ndarray = field(default_factory=lambda: np.empty(0))
-    logp_V: Tensor | None = None
+    logits_V: Tensor = field(default_factory=lambda: torch.empty(0))
+    total: float = 0.0
     entropy: float = 0.0
     fresh: list[Told] = field(default_factory=list)
 
@@ -83,9 +84,9 @@ class Writing:
         told = [(n, one) for n, (one, _) in enumerate(self.read) if one.seen]
         if told:
             places = [n for n, _ in told]
-            logp_S = torch.stack([one.logp_V[self.ids_S[n]] for n, one in told if one.logp_V is not None]).cpu().numpy()
+            said_S = torch.stack([one.logits_V[self.ids_S[n]] for n, one in told]).cpu().numpy()
             before_SLD = np.stack([one.state_LD for _, one in told])
-            sure_S2 = np.stack([logp_S, [one.entropy for _, one in told]], axis=1)
+            sure_S2 = np.array([(said - one.total, one.entropy) for said, (_, one) in zip(said_S, told, strict=True)])
             x_SF = features(np.stack([before_SLD, states_SLD[places]], axis=2), sure_S2)
             p_S3 = self.reader.p_of(x_SF, np.array([one.document for _, one in told]))
             unlike_S = self.reader.unlike(before_SLD[:, 0]).tolist()
@@ -97,9 +98,10 @@ class Writing:
     def see(self, logits_NV: Tensor) -> None:
         """Keep how sure the model is of what follows; ``logits_NV``: of a pass, before anything is sampled."""
         if self.read:
-            logp_SV, entropy_S = sure_of(logits_NV[[n for _, n in self.read]])
-            for (one, _), logp_V, entropy in zip(self.read, logp_SV, entropy_S.tolist(), strict=True):
-                one.logp_V, one.entropy = logp_V, entropy
+            logits_SV = logits_NV[[n for _, n in self.read]].float()  # a copy, which sampling does not change
+            sure = (part_S.tolist() for part_S in sure_of(logits_SV))
+            for (one, _), logits_V, total, entropy in zip(self.read, logits_SV, *sure, strict=True):
+                one.logits_V, one.total, one.entropy = logits_V, total, entropy
         self.read = []
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -216,17 +216,8 @@ class Reader(Artefact):
         found = list[Origins]()
         for one, (_, offsets), read in zip(asked, both, read_behind(asking, several, self.layers), strict=True):
             facts = read.states_ULD, read.logp_T, read.entropy_T
-            found.append(self._of(one.answer, offsets, facts, one.has_document))
+            found.append(Origins(one.answer, offsets, *self.numbers(*facts, one.has_document)))
         return found
-
-    def _of(
-        self,
-        answer: str,
-        offsets: Sequence[tuple[int, int]],
-        facts: tuple[np.ndarray, np.ndarray, np.ndarray],
-        document: bool,
-    ) -> Origins:
-        return Origins(answer, offsets, *self.numbers(*facts, document))
 
     def numbers(
         self, states_ULD: np.ndarray, logp_T: np.ndarray, entropy_T: np.ndarray, document: bool
@@ -237,24 +228,21 @@ class Reader(Artefact):
 
     @torch.no_grad()
     def write(self, asking: Asking, asked: Asked, tokens: int = 64) -> Origins:
-        """Write an answer greedily and read it in the same passes, one more than it has tokens.
+        """Write an answer greedily and read it in the same passes; one more reads the last token, up to the last layer.
 
         Raises:
             InputError: the prompt leaves no room for an answer, or the model writes nothing.
         """
-        prompt = asking.padded([asking.text(asked.prompt)])
-        seen, model, tokenizer = _Seen(), asking.model, asking.tokenizer
-        with capturing(model, "block", self.layers, offsets=(0,)) as states:
-            seen.states = states
-            ids_NT, _, width = continued(model, tokenizer, prompt, tokens + 1, processors=[seen])
-        ids, ends = ids_NT[0, width:].tolist(), end_ids(model, tokenizer)
-        written = min(next((n for n, one in enumerate(ids) if one in ends), len(ids)), len(seen.logp))
-        ids = ids[:written]
-        if not ids:
+        model, tokenizer, seen = asking.model, asking.tokenizer, _Seen(tokens)
+        with capturing(model, "block", self.layers, stop=seen.enough) as seen.states:
+            continued(model, tokenizer, asking.padded([asking.text(asked.prompt)]), tokens + 1, processors=[seen])
+        if seen.stopped:
+            seen.keep()
+        ids, ends = seen.ids[: len(seen.states_LD) - 1], end_ids(model, tokenizer)
+        if not (ids := list(takewhile(lambda one: one not in ends, ids))):
             raise InputError(f"answer: the model writes nothing behind {asked.prompt[-60:]!r}")
-        facts = np.stack(seen.states_LD[: written + 1]), np.array(seen.logp[:written]), np.array(seen.entropy[:written])
-        answer = tokenizer.decode(ids, skip_special_tokens=True)
-        return self._of(answer, _offsets(tokenizer, ids), facts, asked.has_document)
+        states_ULD, (logp_T, entropy_T) = np.stack(seen.states_LD[: len(ids) + 1]), np.array(seen.sure_T2[: len(ids)]).T
+        return Origins(*_decoded(tokenizer, ids), *self.numbers(states_ULD, logp_T, entropy_T, asked.has_document))
 
     def stream(self, asking: Asking, asked: Asked, tokens: int, step: int = 8) -> Iterator[Origins]:
         """What ``write`` writes, after each ``step`` tokens and at the end; what was told of a token stays.
@@ -273,42 +261,52 @@ class Reader(Artefact):
                 raise InputError(f"answer: the model writes nothing behind {asked.prompt[-60:]!r}")
             (read,) = read_behind(asking, [(prompt, ids)], self.layers)
             facts = read.states_ULD, read.logp_T, read.entropy_T
-            yield self._of(
-                tokenizer.decode(ids, skip_special_tokens=True), _offsets(tokenizer, ids), facts, asked.has_document
-            )
+            yield Origins(*_decoded(tokenizer, ids), *self.numbers(*facts, asked.has_document))
             if len(new) < found_NT.shape[1] - width:
                 return
 
 
-def _offsets(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Characters of each token in the decoded text."""
-    parts = [len(tokenizer.decode(ids[:n], skip_special_tokens=True)) for n in range(len(ids) + 1)]
-    return list(pairwise(parts))
+def _decoded(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+    """The text of tokens, and the characters of each in it."""
+    parts = [tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(len(ids) + 1)]
+    return parts[-1], list(pairwise(map(len, parts)))
 
 
 class _Seen:
-    """Sees each pass of a generation, as one of its processors: states, entropy, and of the token before log p."""
+    """Sees each pass of a generation, as its last processor: states, the best token, its log probability, entropy."""
 
-    def __init__(self) -> None:
-        self.states: Sequence[Tensor] = ()
-        self.states_LD, self.entropy, self.logp = list[np.ndarray](), list[float](), list[float]()
-        self.last_V = torch.empty(0)
+    def __init__(self, tokens: int) -> None:
+        self.tokens, self.stopped, self.states = tokens, False, list[Tensor]()
+        self.ids, self.sure_T2, self.states_LD = list[int](), list[tuple[float, float]](), list[np.ndarray]()
 
     def __call__(self, ids_NT: Tensor, logits_NV: Tensor) -> Tensor:
-        if self.states_LD:
-            self.logp.append(float(self.last_V[ids_NT[0, -1]]))
-        (self.last_V,), (entropy,) = sure_of(logits_NV[:1])
-        self.entropy.append(float(entropy))
-        self.states_LD.append(torch.stack([state_NTD[0, -1] for state_NTD in self.states]).float().cpu().numpy())
+        best, (total,), (entropy,) = int(logits_NV[0].argmax()), *sure_of(logits_NV[:1])
+        self.ids.append(best)
+        self.sure_T2.append((float(logits_NV[0, best] - total), float(entropy)))
+        self.keep()
         return logits_NV
+
+    def keep(self) -> None:
+        """Keep the states of the pass that ends."""
+        self.states_LD.append(torch.stack([state_NTD[0, -1] for state_NTD in self.states]).float().cpu().numpy())
+
+    def enough(self) -> bool:
+        """Whether this pass only reads the last token, so that the blocks above and the head need not run."""
+        self.stopped = len(self.ids) == self.tokens
+        return self.stopped
 
 
 def sure_of(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """Log probabilities (N, V), float32, and their entropy (N,), nats."""
-    logp_NV = logits_NV.float().log_softmax(-1)
-    # One by one they stay in a processor's cache.
-    entropy_N = [-logp_V.exp().dot(logp_V.clamp(min=-80.0)) for logp_V in logp_NV]
-    return logp_NV, torch.stack(entropy_N)
+    """The logarithm of the sum of exponentials of logits (N,), and the entropy of what they predict (N,), nats."""
+    both = list[tuple[Tensor, Tensor]]()
+    for logits_V in logits_NV.float():  # one by one they stay in a processor's cache
+        p_V = logits_V.softmax(0)
+        total = logits_V.max() - p_V.max().log()
+        both.append((total, total - p_V.dot(logits_V)))
+    total_N, entropy_N = map(torch.stack, zip(*both, strict=True))
+    if entropy_N.isnan().any() and logits_NV.isneginf().any():  # to clamp always would cost more than all else
+        return sure_of(logits_NV.clamp(min=-1e4))
+    return total_N, entropy_N
 
 
 def pairs(states_ULD: np.ndarray, logp_T: np.ndarray, entropy_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
