@@ -249,7 +249,9 @@ def test_a_question_is_asked_rephrased_and_steered(tab: Any) -> None:
     expect(tab.locator("#plain.is-memorized:not(.waiting)")).to_have_count(1)
     remembered = plain.text_content()
     expect(tab.locator("#slid")).to_contain_text("1.00 \u00d7 the run's vector towards working it out")
-    expect(tab.locator("#ranks")).to_contain_text(re.compile(r"ranks \S+ % of test prompts .* the wording alone \S+ %"))
+    expect(tab.locator("#ranks")).to_contain_text(
+        re.compile(r"ranks \S+ % \(.* of \d+\) of test prompts .* the wording alone \S+ %")
+    )
     expect(tab.locator("#layer-rows tr")).to_have_count(2)
     tab.locator("#rephrase").click()
     expect(tab.locator("#plain.is-generalized:not(.waiting)")).to_have_count(1)

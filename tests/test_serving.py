@@ -294,6 +294,7 @@ def test_what_became_of_requests_is_counted_and_readings_are_traced(offered: Off
     assert event.attributes["gen_ai.evaluation.score.value"] == 0.75
     state = metrics.state_of(offered)
     assert (state["digest"], state["levers"]["memorized"], state["reader"]) == (offered.digest, ["shift"], True)
+    assert state["run"] == offered.source != ""
     assert state["binding"]["weights"] == offered.vectors["memorized"].binding.weights
     assert metrics.state_of(None) == {"levers": {}}
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -80,13 +80,14 @@ class Offered:
         levers: by the behaviour they steer to and by name the best vector and the best adapter, the better one first.
         detectors: ``detector``, and ``lower`` at or below the first shifted layer, where they exist.
         reader: of answers.
-        quantization: of the engine's weights by torchao, as JSON; None where they are whole.
+        quantization: of the engine's weights by torchao, as JSON; None where they are whole. ``source``: its name.
     """
 
     levers: Mapping[Toward, Mapping[str, Intervention]]
     detectors: Mapping[str, Detector]
     reader: Reader | None = None
     quantization: str | None = None
+    source: str = ""
 
     @classmethod
     def of(
@@ -118,7 +119,7 @@ class Offered:
             raise InputError(f"{ENVIRONMENT}: {source} does not exist")
         reader, alone = reader_of(source)
         found = ({}, None, None) if alone else artefacts_of(source, binding)
-        offered = cls.of(*found, reader, adapters)
+        offered = replace(cls.of(*found, reader, adapters), source=source.resolve().name)
         for artefact in offered.artefacts.values():
             if artefact.binding is None:
                 raise InputError(f"binding: the {artefact.WHAT} of {source} does not say which model it was made on")

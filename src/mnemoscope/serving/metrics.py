@@ -58,7 +58,7 @@ def trace(report: Mapping[str, Any], context: Any = None) -> None:
 
 
 def state_of(offered: Offered | None) -> dict[str, Any]:
-    """What a server has, for whoever operates it: what acts, on which model it was fitted, and digests."""
+    """What a server has, for whoever operates it: the run's name, what acts, on which model it was fitted, digests."""
     if offered is None:
         return {"levers": {}}
     binding = next((one.binding for one in offered.artefacts.values() if one.binding), None)
@@ -66,6 +66,7 @@ def state_of(offered: Offered | None) -> dict[str, Any]:
         "levers": {toward: list(named) for toward, named in offered.levers.items()},
         "detectors": list(offered.detectors),
         "reader": offered.reader is not None,
+        "run": offered.source,
         "digest": offered.digest,
         "quantization": offered.quantization,
         "binding": asdict(binding) if binding else None,

@@ -112,14 +112,12 @@ class OpenedCell:
     def facts(self) -> OpenedFacts:
         """Its layers, vectors and whether it has a detector."""
         card = self._detector.card if self._detector else None
-        ranked = (card.auroc if card else None) or {}
         return OpenedFacts(
             layers=len(blocks_of(self._asking.model)),
             documents=self._records.task.documents,
             detects=self._detector is not None,
             reads=self._reader is not None,
-            auroc=ranked.get("estimate"),
-            auroc_of_input=ranked.get("input_only"),
+            auroc=card.auroc if card else None,
             methods=self.vectors.facts(),
         )
 

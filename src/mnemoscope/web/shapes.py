@@ -139,15 +139,15 @@ class OpenedFacts(Frozen):
     """An opened cell: how many layers its model has, the two vectors of each method, whether it has a detector, and a
     reader of answers.
 
-    ``documents``: whether its task quotes some. ``auroc``: of test prompts, by P(memorized) and by the input alone.
+    ``documents``: whether its task quotes some. ``auroc``: of test prompts by P(memorized), with ``low``, ``high``
+    (95 %) and ``n``, and beside it ``input_only``, by the input alone.
     """
 
     layers: int
     documents: bool
     detects: bool
     reads: bool = False
-    auroc: Number = None
-    auroc_of_input: Number = None
+    auroc: dict[str, Number] | None = None
     methods: dict[str, dict[Toward, LeverFacts]]
 
 

@@ -221,14 +221,19 @@ function offerPairs() {
   );
 }
 
+function ranking({ estimate, low, high, n, input_only }) {
+  const interval = (low ?? null) === null ? `no interval, of ${n}` : `${percent(low)} to ${percent(high)}, of ${n}`;
+  return `It ranks ${percent(estimate)} (${interval}) of test prompts right (AUROC), the wording alone ${percent(input_only)}.`;
+}
+
 async function start() {
   try {
     facts = await call(path);
     wordOf = { ...wordOf, ...WORDS[facts.documents ? "documents" : "rules"] };
     for (const one of document.querySelectorAll("[data-word]")) one.textContent = wordOf[one.dataset.word];
     by("no-detector").hidden = facts.detects;
-    by("ranks").hidden = facts.auroc === null;
-    by("ranks").textContent = `It ranks ${percent(facts.auroc)} of test prompts right (AUROC), the wording alone ${percent(facts.auroc_of_input)}.`;
+    by("ranks").hidden = (facts.auroc?.estimate ?? null) === null;
+    if (!by("ranks").hidden) by("ranks").textContent = ranking(facts.auroc);
     by("by-layer").hidden = by("layer-table").hidden = !facts.detects;
     by("layer-table").classList.toggle("many", facts.layers > 12);
     for (const name in facts.methods) by("method").append(new Option(name, name));
