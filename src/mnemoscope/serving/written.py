@@ -97,11 +97,10 @@ class Writing:
 
     def see(self, logits_NV: Tensor) -> None:
         """Keep how sure the model is of what follows; ``logits_NV``: of a pass, before anything is sampled."""
-        if self.read:
-            logits_SV = logits_NV[[n for _, n in self.read]].float()  # a copy, which sampling does not change
-            sure = (part_S.tolist() for part_S in sure_of(logits_SV))
-            for (one, _), logits_V, total, entropy in zip(self.read, logits_SV, *sure, strict=True):
-                one.logits_V, one.total, one.entropy = logits_V, total, entropy
+        for one, n in self.read:  # copies, which sampling does not change, each in the place of the one before
+            row_V, old_V = logits_NV[n], one.logits_V
+            one.logits_V = old_V.copy_(row_V) if len(old_V) else row_V.to(torch.float32, copy=True)
+            one.total, one.entropy = sure_of(one.logits_V)
         self.read = []
 
 

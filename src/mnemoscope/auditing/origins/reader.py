@@ -8,6 +8,7 @@ Shapes: T tokens of an answer, U = 1 + T with the prompt's last one, D neurons, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
@@ -280,9 +281,9 @@ class _Seen:
         self.ids, self.sure_T2, self.states_LD = list[int](), list[tuple[float, float]](), list[np.ndarray]()
 
     def __call__(self, ids_NT: Tensor, logits_NV: Tensor) -> Tensor:
-        best, (total,), (entropy,) = int(logits_NV[0].argmax()), *sure_of(logits_NV[:1])
+        best, (total, entropy) = int(logits_NV[0].argmax()), sure_of(logits_NV[0])
         self.ids.append(best)
-        self.sure_T2.append((float(logits_NV[0, best] - total), float(entropy)))
+        self.sure_T2.append((float(logits_NV[0, best]) - total, entropy))
         self.keep()
         return logits_NV
 
@@ -296,17 +297,13 @@ class _Seen:
         return self.stopped
 
 
-def sure_of(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """The logarithm of the sum of exponentials of logits (N,), and the entropy of what they predict (N,), nats."""
-    both = list[tuple[Tensor, Tensor]]()
-    for logits_V in logits_NV.float():  # one by one they stay in a processor's cache
-        p_V = logits_V.softmax(0)
-        total = logits_V.max() - p_V.max().log()
-        both.append((total, total - p_V.dot(logits_V)))
-    total_N, entropy_N = map(torch.stack, zip(*both, strict=True))
-    if entropy_N.isnan().any() and logits_NV.isneginf().any():  # to clamp always would cost more than all else
-        return sure_of(logits_NV.clamp(min=-1e4))
-    return total_N, entropy_N
+def sure_of(logits_V: Tensor) -> tuple[float, float]:
+    """The logarithm of the sum of exponentials of float32 logits, and the entropy of what they predict, nats."""
+    p_V = logits_V.softmax(0)
+    total, mean = torch.stack([logits_V.max() - p_V.max().log(), p_V.dot(logits_V)]).tolist()
+    if math.isnan(mean):  # of a token that cannot come; to clamp always would cost more than all else
+        mean = float(p_V.dot(logits_V.clamp(min=-1e4)))
+    return total, total - mean
 
 
 def pairs(states_ULD: np.ndarray, logp_T: np.ndarray, entropy_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
