@@ -8,6 +8,7 @@ from functools import reduce
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file
 from made_up import CONTROLS, DOSES, LAYERS, ROLES, SIDES, SOURCE, TARGET, results_of
 from mnemoscope.bench.choose import Rated
 from mnemoscope.interventions import SteeringVector
+from mnemoscope.paper import compare
 from mnemoscope.report.page import explained
 from mnemoscope.report.records import columns_of, declared_tables, read_run
 from mnemoscope.report.results import measure_run
@@ -32,7 +34,6 @@ DIRECTION = pytest.mark.parametrize("direction", list(SOURCE))
 
 @pytest.fixture(scope="module")
 def results(run: Path) -> Part:
-    """What the file holds."""
     return results_of(run)
 
 
@@ -208,19 +209,16 @@ def test_layers_alone_are_compared_at_a_strength_that_every_place_has_tried(task
     rows = [tried("block", 0.1, 0.2), tried("attention", 0.1, 0.3), tried("attention", 0.06, 0.9)]
     found = parts_of(measure_layers(rows, task.contrast, "pairs")).shift["to_memorized"]
     assert (found.strength, set(found.methods["nmd"])) == (0.1, {"block", "attention"})
-    nothing = parts_of(measure_layers([rows[0], rows[2]], task.contrast, "pairs")).shift["to_memorized"]
-    assert math.isnan(nothing.strength)
+    nothing = parts_of(measure_layers(rows[::2], task.contrast, "pairs"))
+    assert math.isnan(nothing.shift["to_memorized"].strength)
 
 
 def test_methods_are_compared_at_the_norms_of_one_site() -> None:
-    ones = [
-        SteeringVector("memorized", {}, site, method=method, strength=0.1)
-        for method, site in (("nmd", "block"), ("nmd", "mlp"), ("gradient", "mlp"))
-    ]
-    rates = [Estimate(rate, 0, 1, 9) for rate in (0.2, 0.9, 0.8)]
-    rated = [Rated(one, rate, Estimate.undefined()) for one, rate in zip(ones, rates, strict=True)]
-    chosen = _compared(rated)
-    assert [(one.aim, one.one.site) for one in chosen] == [("equal_norm", "block"), ("unpenalized", "mlp")]  # type: ignore[attr-defined]
+    sources = (("nmd", "block"), ("nmd", "mlp"), ("gradient", "mlp"))
+    ones = [SteeringVector("memorized", {}, site, method=method, strength=0.1) for method, site in sources]
+    rates = (Estimate(rate, 0, 1, 9) for rate in (0.2, 0.9, 0.8))
+    rated = [Rated(*both, Estimate.undefined()) for both in zip(ones, rates, strict=True)]
+    assert [(one.aim, one.one.site) for one in _compared(rated)] == [("equal_norm", "block"), ("unpenalized", "mlp")]  # type: ignore[attr-defined]
     assert {one.aim for one in _compared(rated[2:])} == {"equal_norm"}
 
 
@@ -240,8 +238,15 @@ def test_seeds_and_transfer_are_set_beside_chance(run: Path, results: Part) -> N
     # The layer that the tune split chose where the probe comes from.
     states = pd.read_parquet(run / "records" / "transfer_probes.parquet").query("source == 'inference' and layer == 1")
     part = states[states.target == "addition"]
-    assert found.probe_layer == 1
-    assert found.probe.estimate == pytest.approx(((part.score > 0) == (part.label == 1)).mean())
+    right = ((part.score > 0) == (part.label == 1)).mean()
+    assert (found.probe_layer, found.probe.estimate) == (1, pytest.approx(right))
+
+
+def test_states_are_rotated_where_divide_and_conquer_gives_up() -> None:
+    first_ND, second_ND = np.random.default_rng(0).normal(size=(2, 9, 4))
+    with patch.object(compare, "orthogonal_procrustes", side_effect=np.linalg.LinAlgError):
+        found_DD = compare.rotation(first_ND, second_ND)
+    assert found_DD == pytest.approx(compare.rotation(first_ND, second_ND))
 
 
 def test_seeds_are_averaged_and_their_counts_add_up(results: Part) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.linalg import orthogonal_procrustes
+from scipy.linalg import orthogonal_procrustes, svd
 
 from mnemoscope.behaviour import Asking, read_states
 from mnemoscope.bench.answers import steered
@@ -100,16 +100,20 @@ def _alignments(
 
     The rotation is the orthogonal Procrustes solution (Schoenemann 1966); chance: the one fitted to shuffled prompts.
     """
-    if len(states[0]) < 2:
-        return
-    for layer in range(states[0].shape[1]):
+    for layer in range(states[0].shape[1] if len(states[0]) > 1 else 0):
         first_ND, second_ND = (s[:, layer] - s[:, layer].mean(0) for s in states)
         nmd_D, other_D = (contrast.nmd_LD[layer] for contrast in contrasts)
         prompts = chain([first_ND], (rng.permutation(first_ND) for _ in range(SHUFFLES)))
-        value, *drawn = [
-            cosine(nmd_D @ orthogonal_procrustes(states_ND, second_ND)[0], other_D) for states_ND in prompts
-        ]
+        value, *drawn = [cosine(nmd_D @ rotation(states_ND, second_ND), other_D) for states_ND in prompts]
         yield {"what": "aligned_cosine", "layer": layer, "value": value, **_range(drawn)}
+
+
+def rotation(first_ND: np.ndarray, second_ND: np.ndarray) -> np.ndarray:
+    """The orthogonal (D, D) that brings ``first_ND`` closest to ``second_ND``."""
+    try:
+        return orthogonal_procrustes(first_ND, second_ND)[0]
+    except np.linalg.LinAlgError:  # divide and conquer gives up on some processors, where QR iterations do not
+        return np.matmul(*svd(first_ND.T @ second_ND, lapack_driver="gesvd")[::2])
 
 
 def _states(cell: Cell, asking: Asking, examples: Sequence[Example], site: Any) -> np.ndarray:
